@@ -1,0 +1,1 @@
+"""dmoe: distributed training of Mixture-of-Experts language models."""
