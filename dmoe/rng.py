@@ -1,0 +1,67 @@
+"""Named counter-based random streams: value = f(seed, stream, counters).
+
+Nothing is drawn from a global generator, so a value does not depend on what was drawn before it, on the
+rank that draws it, or on whether it is drawn a second time under recomputation or after a resume.
+Streams in use: "init", "data", "blend", "router_jitter", "forced_balance", "sample" (generation).
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def stream_key(seed: int, stream: str, *counters: int) -> int:
+    """Return the 128-bit key of one point of a stream."""
+    text = "/".join((str(seed), stream, *map(str, counters)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+    """Return a NumPy generator for host-side draws (data order, elastic k)."""
+    return np.random.Generator(np.random.Philox(key=stream_key(seed, stream, *counters)))
+
+
+def torch_generator(seed: int, stream: str, *counters: int) -> torch.Generator:
+    """Return a CPU generator; tensors drawn from it are moved to their device, so devices agree."""
+    return torch.Generator().manual_seed(stream_key(seed, stream, *counters) & (_MASK64 >> 1))
+
+
+def token_uniform(key: int, token_ids: Tensor, num: int) -> Tensor:
+    """Draw uniform numbers for each token from the token's global id alone.
+
+    The splitmix64 finaliser is applied to a Weyl sequence over (token, column): elementwise integer
+    arithmetic that gives the same bits on every device, rank and slice of the batch.
+
+    Args:
+        key: a `stream_key`.
+        token_ids: (T,) int64 ids, unique in the stream's step.
+        num: numbers per token.
+
+    Returns:
+        (T, num) float32 in [0, 1).
+    """
+    column = torch.arange(num, device=token_ids.device)
+    counter = token_ids[:, None] * num + column
+    z = _wrap(key) + counter * _wrap(0x9E3779B97F4A7C15)
+    z = _mix(z ^ _wrap(key >> 64))
+    return _shift(z, 40).to(torch.float32) * 2.0**-24
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _wrap(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _wrap(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign: int64 is the only 64-bit integer torch computes with."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrap(value: int) -> int:
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
