@@ -1,0 +1,86 @@
+"""The fused expert network against its loop twin: forward, every gradient, and what is saved."""
+
+import itertools
+
+import pytest
+import torch
+
+from dmoe.ops import RowMap, expert_ffn, expert_ffn_loop
+
+CASES = list(
+    itertools.product(
+        ["swiglu", "gelu", "relu"],
+        [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [1, 1, 1, 1]],  # rows of each expert
+        [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)],
+    )
+)
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+@pytest.mark.parametrize(("activation", "counts", "precision"), CASES)
+def test_equals_the_loop(activation, counts, precision, backend) -> None:
+    dtype, tolerance = precision
+    torch.manual_seed(0)
+    num_sources, dim, ffn_dim, num_rows = 6, 16, 8, sum(counts)
+    rows = RowMap.from_index(torch.randint(num_sources, (num_rows,)), num_sources)
+    width = 2 * ffn_dim if activation == "swiglu" else ffn_dim
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = [
+        (num_sources, dim),
+        (num_rows,),
+        (len(counts), width, dim),
+        (len(counts), dim, ffn_dim),
+    ]
+    dtypes = [dtype, wide, dtype, dtype]
+    inputs = [
+        torch.randn(s, dtype=torch.float64).to(d) for s, d in zip(shapes, dtypes, strict=True)
+    ]
+    dy = torch.randn(num_rows, dim, dtype=torch.float64).to(dtype)
+
+    def run(fn, tensors, **options):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        x, weights, w_up, w_down = leaves
+        y = fn(
+            x, rows, weights, torch.tensor(counts), w_up, w_down, activation=activation, **options
+        )
+        grads = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return [y, *grads]
+
+    actual = run(expert_ffn, inputs, backend=backend)
+    expected = run(expert_ffn_loop, [t.double() for t in inputs])
+    for got, want in zip(actual, expected, strict=True):
+        error = (got.double() - want).norm()
+        assert error <= tolerance * want.norm()
+
+
+def test_takes_the_expanded_gradient_of_a_sum() -> None:
+    rows = RowMap.from_index(torch.tensor([0, 1]), 2)
+    x = torch.randn(2, 8, requires_grad=True)
+    w_up, w_down = torch.randn(2, 16, 8), torch.randn(2, 8, 8)
+    y = expert_ffn(x, rows, torch.ones(2), torch.tensor([1, 1]), w_up, w_down, activation="swiglu")
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_saves_x_and_the_pre_activation_alone() -> None:
+    """2ND + 4NKF bytes in bfloat16, beside row numbers, gates and parameters."""
+    num_sources, top_k, dim, ffn_dim, num_experts = 64, 4, 32, 16, 8
+    index = torch.arange(num_sources).repeat(top_k)
+    rows = RowMap.from_index(index, num_sources)
+    counts = torch.full((num_experts,), num_sources * top_k // num_experts)
+    x = torch.randn(num_sources, dim, dtype=torch.bfloat16, requires_grad=True)
+    w_up = torch.randn(num_experts, 2 * ffn_dim, dim, dtype=torch.bfloat16, requires_grad=True)
+    w_down = torch.randn(num_experts, dim, ffn_dim, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(len(index), requires_grad=True)
+    saved: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.dtype == torch.bfloat16:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        expert_ffn(x, rows, weights, counts, w_up, w_down, activation="swiglu")
+    parameters = 2 * (w_up.numel() + w_down.numel())
+    expected = 2 * num_sources * dim + 4 * num_sources * top_k * ffn_dim
+    assert sum(saved.values()) - parameters == expected
