@@ -2,11 +2,15 @@
 
 from dmoe.ops.expert_ffn import Activation, expert_ffn, expert_ffn_loop
 from dmoe.ops.grouped_mm import Backend, grouped_mm, resolve_backend
+from dmoe.ops.linear import Linear
+from dmoe.ops.router_gate import router_gate
 from dmoe.ops.rows import RowMap, gather, gather_sum
+from dmoe.ops.top_k import top_k_ids
 
 __all__ = [
     "Activation",
     "Backend",
+    "Linear",
     "RowMap",
     "expert_ffn",
     "expert_ffn_loop",
@@ -14,4 +18,6 @@ __all__ = [
     "gather_sum",
     "grouped_mm",
     "resolve_backend",
+    "router_gate",
+    "top_k_ids",
 ]

@@ -1,8 +1,8 @@
 """The feed-forward network of all experts at once, over rows sorted by expert.
 
 Shapes: N source rows, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
-The gate weight of a row multiplies the hidden activation, not the output: the product is the same, and
-the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
+The gate weight of a row multiplies the hidden activation, not the output: the product is the same,
+and the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
 """
 
 from typing import Any, Literal

@@ -44,7 +44,7 @@ def grouped_mm(x_RM: Tensor, w_EMN: Tensor, counts_E: Tensor, *, backend: Backen
 
 
 def grouped_outer(a_RM: Tensor, b_RN: Tensor, counts_E: Tensor, *, backend: Backend) -> Tensor:
-    """Return (E, M, N), a^T b of each group: the gradient of the weights; zero for an empty group."""
+    """Return (E, M, N): a^T b of each group, zero where empty; the gradient of the weights."""
     if resolve_backend(backend) == "torch" and a_RM.dtype in _GROUPED_DTYPES:
         return F.grouped_mm(a_RM.t(), b_RN, offs=_ends(counts_E))
     w_EMN = a_RM.new_empty(len(counts_E), a_RM.shape[1], b_RN.shape[1])

@@ -1,0 +1,58 @@
+"""Dispatchers: bring each token's row to its experts and the results back.
+
+`dispatch(x_TD, routing) -> (rows, counts_e, handle)` and `combine(y_RD, handle) -> y_TD`; stateless
+between the two but for the handle.
+"""
+
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from dmoe.config.base import ConfigError
+from dmoe.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllHandle
+from dmoe.moe.dispatch.local import LocalDispatcher
+from dmoe.moe.dispatch.rows import Rows
+from dmoe.moe.routing import Routing
+from dmoe.parallel import ParallelDims
+
+DispatchName = Literal["auto", "local", "all_to_all"]
+
+
+class Dispatcher(Protocol):
+    """The seam that every way of communication implements."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, Any]:
+        """Return rows sorted by local expert, (e,) counts and a handle."""
+        ...
+
+    def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
+        """Return (T, D): the sum of each token's rows."""
+        ...
+
+
+def build_dispatcher(name: DispatchName, *, num_experts: int, dims: ParallelDims) -> Dispatcher:
+    """Build the dispatcher; "auto" is "local" on one rank and "all_to_all" on several.
+
+    Raises:
+        ConfigError: "local" with experts on several ranks.
+    """
+    if dims.ep_group is None:
+        return LocalDispatcher(num_experts=num_experts)
+    if name == "local":
+        raise ConfigError(
+            f"model.moe.dispatch = local cannot reach experts on other ranks, but parallel.ep = "
+            f"{dims.ep}: set model.moe.dispatch to auto or all_to_all",
+            key="model.moe.dispatch",
+        )
+    return AllToAllDispatcher(num_experts=num_experts, group=dims.ep_group)
+
+
+__all__ = [
+    "AllToAllDispatcher",
+    "AllToAllHandle",
+    "DispatchName",
+    "Dispatcher",
+    "LocalDispatcher",
+    "Rows",
+    "build_dispatcher",
+]

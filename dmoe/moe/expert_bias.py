@@ -1,0 +1,19 @@
+"""Loss-free load balancing: a selection bias per expert that follows the load.
+
+Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+"""
+
+import torch
+from torch import Tensor
+
+
+def update_expert_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
+    """Raise the bias of the experts below mean load and lower that of those above, in place.
+
+    Args:
+        bias_E: (E,) selection bias.
+        counts_E: (E,) slots of each expert over the whole global batch of the step.
+        rate: size of the step; only the sign of the error counts.
+    """
+    load_E = counts_E.to(bias_E.dtype)
+    bias_E += rate * torch.sign(load_E.mean() - load_E)

@@ -1,0 +1,47 @@
+"""The routed experts of a layer: feed-forward networks of one shape, run as grouped GEMMs.
+
+Shapes: e local experts, D model dim, F expert dim, R routed rows. A rank holds the slice of experts
+that its expert-parallel place gives it; the engine may shard dim 0 further over equal ranks.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.moe.dispatch import Rows
+from dmoe.ops import Activation, Backend, expert_ffn
+
+
+class GroupedExperts(nn.Module):
+    """Weights K-major, in the layout (E, 2F, D) and (E, D, F) that Hugging Face v5 uses too."""
+
+    def __init__(
+        self,
+        *,
+        num_local: int,
+        dim: int,
+        ffn_dim: int,
+        activation: Activation,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        self.activation, self.backend = activation, backend
+        if activation == "swiglu":
+            self.w_gate_up_E2FD = nn.Parameter(torch.empty(num_local, 2 * ffn_dim, dim))
+        else:
+            self.w_up_EFD = nn.Parameter(torch.empty(num_local, ffn_dim, dim))
+        self.w_down_EDF = nn.Parameter(torch.empty(num_local, dim, ffn_dim))
+
+    def forward(self, rows: Rows, counts_e: Tensor) -> Tensor:
+        """Return y_RD, each row already multiplied by its gate."""
+        dtype = rows.x_ND.dtype
+        w_up = self.w_gate_up_E2FD if self.activation == "swiglu" else self.w_up_EFD
+        return expert_ffn(
+            rows.x_ND,
+            rows.map,
+            rows.weights_R,
+            counts_e,
+            w_up.to(dtype),
+            self.w_down_EDF.to(dtype),
+            activation=self.activation,
+            backend=self.backend,
+        )

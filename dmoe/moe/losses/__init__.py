@@ -1,0 +1,22 @@
+"""Auxiliary losses: pure functions of a routing, normalised by the sizes of the global batch."""
+
+from pydantic import NonNegativeFloat
+
+from dmoe.config.base import ConfigModel
+from dmoe.moe.losses.load_balance import BalanceScope, load_balance_loss
+from dmoe.moe.losses.z_loss import z_loss
+
+
+class LossesConfig(ConfigModel):
+    """Weights of the auxiliary losses of a layer; the layers' losses are summed."""
+
+    load_balance_weight: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss, which is 1 at perfect balance."""
+    load_balance_scope: BalanceScope = "global_batch"
+    """The set of tokens to balance over. "global_batch" costs one small all-reduce a layer, and
+    with gradient accumulation one forward pass more, in which the slots of the step are counted."""
+    z_loss_weight: NonNegativeFloat = 0.0
+    """Weight of the router z-loss (ST-MoE: 0.001)."""
+
+
+__all__ = ["BalanceScope", "LossesConfig", "load_balance_loss", "z_loss"]

@@ -1,0 +1,18 @@
+"""Routers: `router(x_TD, context) -> Routing`. Each file has a config, a `build` and a module."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
+
+RouterConfig = Annotated[TopKConfig | ForcedBalanceConfig, Field(discriminator="name")]
+
+__all__ = [
+    "ForcedBalanceConfig",
+    "ForcedBalanceRouter",
+    "RouterConfig",
+    "TopKConfig",
+    "TopKRouter",
+]

@@ -1,0 +1,47 @@
+"""A router that gives every expert the same load, whatever the tokens are: for benchmarks.
+
+Token t takes the experts t K, t K + 1, ... modulo E; the gates are those of a softmax over the
+choice, so that the work is that of a real router. Not a way to train a model that is to be used.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from dmoe.config.base import ConfigModel
+from dmoe.moe.routers.top_k import RouterGate
+from dmoe.moe.routing import MoEContext, Routing, make_routing
+
+
+class ForcedBalanceConfig(ConfigModel):
+    """Perfect balance by construction, for measuring speed."""
+
+    name: Literal["forced_balance"]
+    top_k: PositiveInt = 2
+    """Experts per token."""
+
+    def build(self, *, dim: int, num_experts: int) -> "ForcedBalanceRouter":
+        """Build the router."""
+        return ForcedBalanceRouter(self, dim=dim, num_experts=num_experts)
+
+
+class ForcedBalanceRouter(nn.Module):
+    """Deals the tokens out to the experts in turn."""
+
+    def __init__(self, config: ForcedBalanceConfig, *, dim: int, num_experts: int):
+        super().__init__()
+        self.config = config
+        self.gate = RouterGate(dim, num_experts)
+
+    def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
+        """Route each token of `x_TD`, (T, D), by its place alone."""
+        logits_TE = self.gate(x_TD)
+        num_tokens, num_experts = logits_TE.shape
+        slots_TK = torch.arange(num_tokens * self.config.top_k, device=x_TD.device)
+        ids_TK = (slots_TK % num_experts).view(num_tokens, -1)
+        weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
+        if context.valid_T is not None:
+            ids_TK = ids_TK.masked_fill(~context.valid_T[:, None], -1)
+        return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK)

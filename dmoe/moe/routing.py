@@ -1,0 +1,115 @@
+"""What passes between router, losses and dispatcher, and what a layer knows of the step.
+
+Shapes: T tokens, E experts, K slots per token, B sequences, S sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """A router's decision; a slot of -1 is unused, so each token may use its own number."""
+
+    expert_ids_TK: Tensor
+    """(T, K) int64 expert of each slot, or -1."""
+    weights_TK: Tensor
+    """(T, K) float32 gate of each slot, 0 where unused; carries the gradient to the router."""
+    scores_TE: Tensor
+    """(T, E) float32 router probabilities, rows summing to 1, for the balance losses."""
+    logits_TE: Tensor
+    """(T, E) float32 router output."""
+    counts_E: Tensor
+    """(E,) int64 slots that the router gave each expert, before any capacity."""
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Sizes of the whole global batch of a step, the normalisers that no layout changes."""
+
+    num_tokens: int
+    """Tokens that are not padding."""
+    num_targets: int
+    """Labels that count in the cross-entropy."""
+    num_sequences: int
+    num_micro_batches: int
+
+
+class Replay:
+    """Decisions of the first forward pass, given back when activations are recomputed.
+
+    A recomputed score may differ in its last bit; a decision made twice could then differ, and the
+    all-to-all splits with it. So decisions are made once per micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self._decisions: dict[tuple[int, str], Tensor] = {}
+
+    def __call__(self, layer: int, name: str, decide: Callable[[], Tensor]) -> Tensor:
+        """Return the decision, made by `decide` the first time."""
+        key = (layer, name)
+        if key not in self._decisions:
+            with torch.no_grad():
+                self._decisions[key] = decide()
+        return self._decisions[key]
+
+
+@dataclass(frozen=True)
+class MoEContext:
+    """What a layer may know of the micro-batch it works on."""
+
+    seq_len: int
+    """Tokens are whole sequences of this length, one after the other."""
+    valid_T: Tensor | None = None
+    """(T,) bool, False for padding; None where there is no padding."""
+    token_ids_T: Tensor | None = None
+    """(T,) int64 number of each token in the order of all training tokens; needed by random
+    routers."""
+    totals: BatchTotals | None = None
+    """Set in training: the losses are normalised by it."""
+    counts_LE: Tensor | None = None
+    """(layers, E) int64 slots per expert over the global batch, where they were counted
+    beforehand."""
+    seed: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    layer: int = 0
+    replay: Replay = field(default_factory=Replay)
+
+    @property
+    def training(self) -> bool:
+        """Whether noise is drawn and losses are wanted."""
+        return self.totals is not None
+
+    def at_layer(self, layer: int) -> "MoEContext":
+        """Return the context of one layer."""
+        return replace(self, layer=layer)
+
+    def decide(self, name: str, decide: Callable[[], Tensor]) -> Tensor:
+        """Return this layer's decision of that name, the same one under recomputation."""
+        return self.replay(self.layer, name, decide)
+
+
+def make_routing(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Routing:
+    """Complete a routing: zero the weights of unused slots and count the slots of each expert."""
+    used_TK = expert_ids_TK >= 0
+    return Routing(
+        expert_ids_TK,
+        weights_TK.masked_fill(~used_TK, 0),
+        scores_TE,
+        logits_TE,
+        count_slots(expert_ids_TK, logits_TE.shape[1]),
+    )
+
+
+def count_slots(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Return (E,) int64: how many slots each expert has."""
+    return torch.bincount(expert_ids_TK.flatten() + 1, minlength=num_experts + 1)[1:]

@@ -1,0 +1,39 @@
+"""What a MoE layer reports of one micro-batch; sums, so that they add up over ranks and steps.
+
+Shapes: T tokens, E experts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmoe.moe.routing import MoEContext, Routing
+
+
+class MoEStats(NamedTuple):
+    """Sums over the tokens of a micro-batch that are not padding; no gradient."""
+
+    counts_E: Tensor
+    """(E,) int64 slots that the router gave each expert."""
+    dropped: Tensor
+    """() int64 slots that found no capacity."""
+    entropy: Tensor
+    """() router entropy, each token's divided by log E."""
+    num_tokens: Tensor
+    """() int64 tokens that are not padding."""
+
+
+@torch.no_grad()
+def measure(routing: Routing, num_served: Tensor, context: MoEContext) -> MoEStats:
+    """Sum up a routing, of whose slots `num_served`, (), reached their expert."""
+    scores_TE = routing.scores_TE.detach()
+    num_tokens, num_experts = scores_TE.shape
+    entropy_T = torch.special.entr(scores_TE).sum(-1) / math.log(max(2, num_experts))
+    if context.valid_T is None:
+        num_valid = torch.full_like(num_served, num_tokens)
+    else:
+        entropy_T, num_valid = entropy_T * context.valid_T, context.valid_T.sum()
+    dropped = routing.counts_E.sum() - num_served
+    return MoEStats(routing.counts_E, dropped, entropy_T.sum(), num_valid)

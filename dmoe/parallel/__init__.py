@@ -1,0 +1,13 @@
+"""Processes, meshes, collectives with gradients, and which rank holds which expert."""
+
+from dmoe.parallel.collectives import all_reduce_sum, all_to_all_rows
+from dmoe.parallel.dims import ParallelConfig, ParallelDims
+from dmoe.parallel.process import process_group
+
+__all__ = [
+    "ParallelConfig",
+    "ParallelDims",
+    "all_reduce_sum",
+    "all_to_all_rows",
+    "process_group",
+]

@@ -1,0 +1,34 @@
+"""Start and end of this process's part in the job; one process without torchrun needs no group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+    """Join the job that torchrun started, if any, and yield this rank's device.
+
+    GPUs talk through NCCL; CPUs, and the host tensors of a GPU job (checkpoints), through gloo.
+
+    Args:
+        timeout_seconds: how long a collective waits for the other ranks before it fails.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    # torchrun sets these; a lone process has no one to meet.
+    joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joined:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield device
+    finally:
+        if joined:
+            dist.destroy_process_group()
