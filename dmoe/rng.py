@@ -14,18 +14,18 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 
 
-def stream_key(seed: int, stream: str, *counters: int) -> int:
+def stream_key(seed: int, stream: str, *counters: int | str) -> int:
     """Return the 128-bit key of one point of a stream."""
     text = "/".join((str(seed), stream, *map(str, counters)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
-def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+def numpy_generator(seed: int, stream: str, *counters: int | str) -> np.random.Generator:
     """Return a NumPy generator for host-side draws (data order, elastic k)."""
     return np.random.Generator(np.random.Philox(key=stream_key(seed, stream, *counters)))
 
 
-def torch_generator(seed: int, stream: str, *counters: int) -> torch.Generator:
+def torch_generator(seed: int, stream: str, *counters: int | str) -> torch.Generator:
     """Return a CPU generator; tensors drawn from it are moved to their device, so devices agree."""
     return torch.Generator().manual_seed(stream_key(seed, stream, *counters) & (_MASK64 >> 1))
 

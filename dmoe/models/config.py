@@ -1,0 +1,92 @@
+"""The `model` section: a decoder language model of the GPT-2 or the Llama family."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from dmoe.config.base import ConfigModel
+from dmoe.moe import MoEConfig
+from dmoe.ops import Activation
+
+
+class ModelConfig(ConfigModel):
+    """Sizes and choices of a decoder language model."""
+
+    family: Literal["llama", "gpt2"] = "llama"
+    """"llama": RoPE, RMSNorm, SwiGLU, no biases. "gpt2": learned positions, LayerNorm, GELU, biases
+    and no grouped-query attention."""
+    vocab_size: PositiveInt = 257
+    """Token ids; 257 is bytes and an end-of-document token."""
+    dim: PositiveInt = 256
+    """Model width D."""
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); null for as many as query heads."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; null for dim / num_heads."""
+    ffn_dim: PositiveInt = 768
+    """Hidden width of the dense feed-forward layers."""
+    max_seq_len: PositiveInt = 1024
+    """Longest sequence: the table of learned positions, and the limit of generation."""
+    qk_norm: Literal["none", "head", "vector"] = "none"
+    """RMSNorm of queries and keys, per head (Qwen3) or over the whole vector (OLMoE)."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in every norm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output matrix."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; maps back to the residual stream get it divided by
+    sqrt(2 num_layers) (GPT-2)."""
+    moe: MoEConfig | None = Field(default=None)
+    """Mixture-of-Experts layers; null for a dense model."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim = {self.dim} is not a multiple of num_heads = {self.num_heads}: change "
+                f"either, or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.kv_heads}"
+            )
+        if self.family == "llama" and self.width_of_head % 2:
+            raise ValueError(
+                f"head_dim = {self.width_of_head} is odd, but rotary positions turn pairs: make "
+                f"head_dim (or dim / num_heads) even"
+            )
+        if self.family == "gpt2" and (self.kv_heads != self.num_heads or self.qk_norm != "none"):
+            raise ValueError(
+                "family = gpt2 has neither num_kv_heads below num_heads nor qk_norm: unset them or "
+                "use family: llama"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def width_of_head(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def activation(self) -> Activation:
+        """The activation of every feed-forward network and expert."""
+        return "swiglu" if self.family == "llama" else "gelu"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Say whether layer `layer`, counted from 0, is a MoE layer."""
+        return self.moe is not None and self.moe.is_moe_layer(layer)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The numbers of the MoE layers."""
+        return [layer for layer in range(self.num_layers) if self.is_moe_layer(layer)]

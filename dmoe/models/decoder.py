@@ -1,0 +1,220 @@
+"""Decoder language models of the GPT-2 and Llama families, dense or with MoE layers.
+
+Shapes in comments: B batch, S sequence, T = B S tokens, D model dim, V vocabulary, L MoE layers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dmoe.models.attention import (
+    Attention,
+    AttentionInputs,
+    KVCache,
+    packed_mask,
+    rotary_angles,
+)
+from dmoe.models.config import ModelConfig
+from dmoe.models.norm import LayerNorm, RMSNorm
+from dmoe.moe import MoEContext, MoELayer, MoEOutput
+from dmoe.moe.experts import FeedForward
+from dmoe.ops import Linear
+from dmoe.parallel import ParallelDims
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """(B, S, V) in the compute dtype."""
+    moe: list[MoEOutput]
+    """One of each MoE layer, first layer first."""
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Tokens and what is known of them."""
+
+    tokens: Tensor
+    """(B, S) int64."""
+    positions: Tensor | None = None
+    """(B, S) int64 place of each token in its document; None for 0, 1, ..."""
+    document_ids: Tensor | None = None
+    """(B, S) document of each token, negative for padding; None for one document a sequence."""
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network or a MoE layer, each with a norm before it."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, dims: ParallelDims):
+        super().__init__()
+        self.attn_norm = _norm(config)
+        self.attn = Attention(config)
+        self.ffn_norm = _norm(config)
+        self.moe: MoELayer | None = None
+        self.ffn: FeedForward | None = None
+        if config.is_moe_layer(layer):
+            assert config.moe is not None
+            self.moe = MoELayer(config.moe, dim=config.dim, activation=config.activation, dims=dims)
+        else:
+            self.ffn = FeedForward(
+                dim=config.dim,
+                ffn_dim=config.ffn_dim,
+                activation=config.activation,
+                bias=config.family == "gpt2",
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        attention: AttentionInputs,
+        context: MoEContext,
+        cache: KVCache | None = None,
+        recompute: Recompute = "none",
+    ) -> tuple[Tensor, MoEOutput | None]:
+        """Map (B, S, D) to (B, S, D)."""
+        if recompute == "selective":
+            x = checkpoint(self.attend, x, attention, cache, use_reentrant=False)
+        else:
+            x = self.attend(x, attention, cache)
+        return self.feed_forward(x, context)
+
+    def attend(self, x: Tensor, attention: AttentionInputs, cache: KVCache | None) -> Tensor:
+        """Add the attention of the normalised input."""
+        return x + self.attn(self.attn_norm(x), attention, cache)
+
+    def feed_forward(self, x: Tensor, context: MoEContext) -> tuple[Tensor, MoEOutput | None]:
+        """Add the feed-forward network or the experts of the normalised input."""
+        h = self.ffn_norm(x)
+        if self.ffn is not None:
+            return x + self.ffn(h), None
+        assert self.moe is not None
+        y_TD, output = self.moe(h.flatten(0, 1), context)
+        return x + y_TD.view_as(x), output
+
+
+class DecoderLM(nn.Module):
+    """A decoder language model; build it with `dmoe.models.build_model`."""
+
+    def __init__(self, config: ModelConfig, *, dims: ParallelDims, compute_dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.positions: nn.Embedding | None = None
+        if config.family == "gpt2":
+            self.positions = nn.Embedding(config.max_seq_len, config.dim)
+        self.layers = nn.ModuleList(
+            Block(config, layer=layer, dims=dims) for layer in range(config.num_layers)
+        )
+        self.norm = _norm(config)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        context: MoEContext | None = None,
+        *,
+        caches: list[KVCache] | None = None,
+        recompute: Recompute = "none",
+    ) -> ModelOutput:
+        """Return the logits of every position and the outputs of the MoE layers.
+
+        Args:
+            inputs: tokens, positions, documents.
+            context: what the MoE layers may know of the micro-batch; made from the inputs if None.
+            caches: one KV cache a layer; the tokens then follow those in the cache.
+            recompute: which activations are computed again in the backward pass: "none",
+                "selective" (attention and its norm) or "full" (whole blocks). Routing is not.
+        """
+        if context is None:
+            context = MoEContext(seq_len=inputs.tokens.shape[1], valid_T=valid_tokens(inputs))
+        x, attention = self.embed_tokens(inputs, caches)
+        outputs: list[MoEOutput] = []
+        for index, block in enumerate(self.layers):
+            arguments = (
+                x,
+                attention,
+                context.at_layer(len(outputs)),
+                caches[index] if caches else None,
+                recompute,
+            )
+            if recompute == "full":
+                x, output = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, output = block(*arguments)
+            if output is not None:
+                outputs.append(output)
+        return ModelOutput(self.lm_head(self.norm(x)), outputs)
+
+    def embed_tokens(
+        self, inputs: ModelInputs, caches: list[KVCache] | None
+    ) -> tuple[Tensor, AttentionInputs]:
+        """Return (B, S, D) embeddings and what the attention layers share."""
+        tokens, config = inputs.tokens, self.config
+        start = caches[0].length if caches else 0
+        positions = inputs.positions
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            positions = positions.expand_as(tokens)
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+            cos = sin = None
+        else:
+            cos, sin = rotary_angles(
+                positions, config.width_of_head, config.rope_theta, self.compute_dtype
+            )
+        return x.to(self.compute_dtype), AttentionInputs(_mask(inputs, start), cos, sin)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, first layer first."""
+        return [block.moe for block in self.layers if block.moe is not None]  # type: ignore[misc]
+
+
+def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies in nats, in float32 at least.
+
+    Args:
+        logits: (B, S, V).
+        labels: (B, S) int64 token that follows each position; negative ones do not count.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(
+        logits.flatten(0, 1).to(wide), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def valid_tokens(inputs: ModelInputs) -> Tensor | None:
+    """Return (T,) bool, False for padding, or None where there is none."""
+    if inputs.document_ids is None:
+        return None
+    valid_T = inputs.document_ids.flatten() >= 0
+    return None if valid_T.all() else valid_T
+
+
+def _mask(inputs: ModelInputs, start: int) -> Tensor | None:
+    """Return the attention mask; None where plain causal attention is meant."""
+    tokens = inputs.tokens
+    if start:
+        # Queries follow the cached keys: query i may look at the keys up to start + i.
+        total = start + tokens.shape[1]
+        keys = torch.arange(total, device=tokens.device)
+        return (keys <= keys[start:, None])[None, None]
+    if inputs.document_ids is None or bool((inputs.document_ids == 0).all()):
+        return None
+    return packed_mask(inputs.document_ids)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    norm = LayerNorm if config.family == "gpt2" else RMSNorm
+    return norm(config.dim, config.norm_eps)
