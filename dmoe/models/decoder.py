@@ -4,7 +4,7 @@ Shapes in comments: B batch, S sequence, T = B S tokens, D model dim, V vocabula
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,12 @@ class DecoderLM(nn.Module):
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first layer first."""
-        return [block.moe for block in self.layers if block.moe is not None]  # type: ignore[misc]
+        return [block.moe for block in self.blocks if block.moe is not None]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first layer first."""
+        return cast(list[Block], list(self.layers))
 
 
 def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,5 +15,5 @@ def update_expert_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
         counts_E: (E,) slots of each expert over the whole global batch of the step.
         rate: size of the step; only the sign of the error counts.
     """
-    load_E = counts_E.to(bias_E.dtype)
+    load_E = counts_E.to(bias_E)
     bias_E += rate * torch.sign(load_E.mean() - load_E)

@@ -139,6 +139,10 @@ class MoELayer(nn.Module):
         weights = {"load_balance": config.load_balance_weight, "z": config.z_loss_weight}
         return {name: weight for name, weight in weights.items() if weight}
 
+    def end_step(self, counts_E: Tensor) -> None:
+        """Let the router adapt to a training step's slots per expert over the global batch."""
+        self.router.end_step(counts_E)
+
     def _global_counts(self, routing: Routing, context: MoEContext) -> Tensor:
         if context.counts_LE is not None:
             return context.counts_LE[context.layer]

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from dmoe.moe.routers.base import Router, RouterGate
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 
@@ -12,7 +13,9 @@ RouterConfig = Annotated[TopKConfig | ForcedBalanceConfig, Field(discriminator="
 __all__ = [
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
+    "Router",
     "RouterConfig",
+    "RouterGate",
     "TopKConfig",
     "TopKRouter",
 ]

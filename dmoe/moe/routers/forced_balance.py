@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe.config.base import ConfigModel
-from dmoe.moe.routers.top_k import RouterGate
+from dmoe.moe.routers.base import Router, RouterGate
 from dmoe.moe.routing import MoEContext, Routing, make_routing
 
 
@@ -27,7 +27,7 @@ class ForcedBalanceConfig(ConfigModel):
         return ForcedBalanceRouter(self, dim=dim, num_experts=num_experts)
 
 
-class ForcedBalanceRouter(nn.Module):
+class ForcedBalanceRouter(Router):
     """Deals the tokens out to the experts in turn."""
 
     def __init__(self, config: ForcedBalanceConfig, *, dim: int, num_experts: int):

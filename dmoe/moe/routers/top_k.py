@@ -9,11 +9,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe.config.base import ConfigModel
+from dmoe.moe.expert_bias import update_expert_bias
+from dmoe.moe.routers.base import Router, RouterGate
 from dmoe.moe.routing import MoEContext, Routing, make_routing
-from dmoe.ops import router_gate, top_k_ids
+from dmoe.ops import top_k_ids
 from dmoe.rng import stream_key, token_uniform
 
 
@@ -42,7 +44,7 @@ class TopKConfig(ConfigModel):
         return TopKRouter(self, dim=dim, num_experts=num_experts)
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Scores every expert for every token and chooses k."""
 
     def __init__(self, config: TopKConfig, *, dim: int, num_experts: int):
@@ -87,17 +89,10 @@ class TopKRouter(nn.Module):
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
         return weights_TK * self.config.scaling_factor
 
-
-class RouterGate(nn.Module):
-    """The linear map from a token to its logits, computed in float32 at least."""
-
-    def __init__(self, dim: int, num_experts: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return (T, E) logits."""
-        return router_gate(x_TD, self.weight)
+    def end_step(self, counts_E: Tensor) -> None:
+        """Move the selection bias, if there is one, against the load of the step."""
+        if self.expert_bias_E is not None:
+            update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)
 
 
 def jittered(x_TD: Tensor, jitter: float, context: MoEContext) -> Tensor:

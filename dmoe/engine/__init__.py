@@ -1,0 +1,6 @@
+"""Engines: one protocol for a training step, and its back ends."""
+
+from dmoe.engine.base import Engine, EngineConfig, StepPosition, StepResult
+from dmoe.engine.native import NativeEngine
+
+__all__ = ["Engine", "EngineConfig", "NativeEngine", "StepPosition", "StepResult"]

@@ -1,0 +1,108 @@
+"""The engine protocol: how one optimizer step is computed, whatever shards the parameters.
+
+Called by the trainer in this order: `forward_backward`, `clip`, then `step` or `skip`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dmoe.config.base import ConfigModel
+from dmoe.data import MicroBatch
+from dmoe.models import DecoderLM
+
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+
+COMPUTE_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+class EngineConfig(ConfigModel):
+    """What shards and computes a step."""
+
+    name: Literal["native"] = "native"
+    """"native" is FSDP2 with experts over their own ranks."""
+    zero_stage: Literal[0, 2, 3] = 0
+    """What the ranks share out: 0 nothing, 2 gradients and optimizer state, 3 parameters as well.
+    Experts are shared out over the ranks that hold the same ones."""
+    precision: Precision = "fp32"
+    """Of activations and products. Master weights, gradients and optimizer state are float32; fp64,
+    for proofs, is float64 throughout."""
+    compile: bool = Field(default=False)
+    """Compile attention, norms and dense feed-forward layers with `torch.compile`."""
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where a step stands; all that randomness and normalisation depend on."""
+
+    seed: int
+    step: int
+    """Number of the step, from 0, counting skipped ones."""
+    num_sequences: int
+    """Sequences of the global batch."""
+    num_micro_batches: int
+    """Micro-batches of the global batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found, over the whole global batch and equal on every rank."""
+
+    loss: float
+    """Cross-entropy in nats a target token."""
+    aux_losses: dict[str, float]
+    """Unweighted auxiliary losses, mean over the layers."""
+    counts_LE: Tensor
+    """(L, E) int64 slots that each MoE layer's router gave each expert."""
+    dropped_L: Tensor
+    """(L,) int64 slots without capacity."""
+    entropy_L: Tensor
+    """(L,) float64 mean normalised router entropy."""
+    num_tokens: int
+    """Tokens that are not padding."""
+
+
+class Engine(Protocol):
+    """One step of training; back ends give the same numbers."""
+
+    model: DecoderLM
+
+    def forward_backward(self, batches: Sequence[MicroBatch], position: StepPosition) -> StepResult:
+        """Compute the gradients of the global batch, of which `batches` are this rank's share."""
+        ...
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to a global norm of `max_norm` (0: do not); return the norm."""
+        ...
+
+    def step(self, lr: float, counts_LE: Tensor) -> None:
+        """Update parameters and selection biases, and drop the gradients."""
+        ...
+
+    def skip(self) -> None:
+        """Drop the gradients of a step that is not taken."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters, buffers and optimizer state under global names and shapes.
+
+        The tensors are the live ones, to be saved, or filled in place when loading.
+        """
+        ...
+
+    def parts(self) -> dict[str, float]:
+        """Return the numbers that belong to the state."""
+        ...
+
+    def load_parts(self, parts: dict[str, float]) -> None:
+        """Take back what `parts` returned; call after `state` has been filled."""
+        ...
