@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 
 
+def is_first_process() -> bool:
+    """Say whether this process is the one of its job that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def process_group(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
     """Join the job that torchrun started, if any, and yield this rank's device.

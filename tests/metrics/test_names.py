@@ -27,7 +27,7 @@ def test_an_unknown_key_is_our_bug():
 
 
 def test_every_moe_statistic_is_in_the_table():
-    row = moe_rows([[1, 1]], [[0.5, 0.5]], [0], num_tokens=1, bias_LE=[[0, 0]], layer_ids=[0])
+    row = moe_rows([[1, 1]], [0.5], [0], num_tokens=1, bias_LE=[[0, 0]], layer_ids=[0])
     assert set(row) == {
         f"moe/{key}"
         for name in MOE_STATISTICS

@@ -1,0 +1,148 @@
+"""What happens beside the steps: metrics, evaluation, checkpoints, status."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dmoe.metrics import moe_rows, peak_flops
+from dmoe.models.counts import flops_per_token
+from dmoe.trainer.config import Config
+from dmoe.trainer.journal import Journal
+from dmoe.trainer.loop import Callback, Trainer
+from dmoe.trainer.step import StepRecord
+
+
+class LogMetrics(Callback):
+    """Writes a row every `metrics.log_every` steps and at the last one."""
+
+    def __init__(self, config: Config, journal: Journal, *, device: torch.device, world_size: int):
+        self.config, self.journal = config, journal
+        self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
+        self.peak = config.metrics.peak_flops or _known_peak(config, device)
+        self.world_size = world_size
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Write the row, and now and then the image of the experts' load."""
+        step = trainer.progress.step
+        if trainer.due(self.config.metrics.log_every):
+            self.journal.row(self._row(trainer, record))
+        heatmap_every = self.config.metrics.heatmap_every
+        if heatmap_every and self.config.model.moe and trainer.due(heatmap_every):
+            self.journal.heatmap(step, record.result.counts_LE)
+
+    def _row(self, trainer: Trainer, record: StepRecord) -> dict[str, Any]:
+        result, progress = record.result, trainer.progress
+        window = trainer.throughput.lap()
+        row: dict[str, Any] = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": result.loss,
+            "ppl": _exp(result.loss),
+            "lr": record.lr,
+            "grad_norm": record.grad_norm,
+            "skipped": progress.skipped,
+            "tokens_per_second": window.tokens_per_second,
+            "step_seconds": window.step_seconds,
+            "data_seconds": window.data_seconds,
+        }
+        if self.peak:
+            row["mfu_active"] = window.mfu(self.flops_per_token, self.peak * self.world_size)
+        if self.config.model.moe is None:
+            return row
+        row |= {_AUX_KEYS[name]: value for name, value in result.aux_losses.items()}
+        biases = [
+            bias
+            for name, bias in trainer.engine.model.named_buffers()
+            if name.endswith("expert_bias_E")
+        ]
+        detailed = self.config.metrics.moe == "detailed"
+        return row | moe_rows(
+            result.counts_LE,
+            result.entropy_L,
+            result.dropped_L,
+            num_tokens=result.num_tokens,
+            bias_LE=torch.stack(biases).cpu() if biases else None,
+            layer_ids=self.config.model.moe_layers if detailed else (),
+        )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A measurement on the held-out split."""
+
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float | None
+    """None where the split does not know its text."""
+
+
+class Evaluate(Callback):
+    """Measures the held-out loss every `eval.every` steps, and on the whole split at the end.
+
+    Args:
+        config: of the run.
+        journal: where the rows go.
+        measure: evaluates at most so many micro-batches, all if None; called on every rank.
+    """
+
+    def __init__(self, config: Config, journal: Journal, measure: Callable[[int | None], HeldOut]):
+        self.config, self.journal, self.measure = config, journal, measure
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Measure, write a row, and remember the loss for the checkpoint of this step."""
+        if not trainer.due(self.config.eval.every):
+            return
+        with trainer.throughput.paused():
+            held_out = self.measure(None if trainer.done else self.config.eval.max_batches)
+        trainer.progress.eval_loss = held_out.loss
+        row = {"step": trainer.progress.step, "eval_loss": held_out.loss}
+        if held_out.bits_per_byte is not None:
+            row["eval_bits_per_byte"] = held_out.bits_per_byte
+        self.journal.row(row)
+
+
+class SaveCheckpoints(Callback):
+    """Saves every `checkpoint.every` steps and at the last one."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Save, and see to it that a failed background save is noticed."""
+        trainer.checkpoints.check()
+        if trainer.due(trainer.config.checkpoint.every):
+            with trainer.throughput.paused():
+                trainer.save()
+
+
+class TellStatus(Callback):
+    """Keeps status.json."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Say that the run is under way."""
+        self.journal.status("running", trainer.progress.step)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Say how far it is, as often as it logs."""
+        if trainer.due(trainer.config.metrics.log_every):
+            self.journal.status("running", trainer.progress.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Say that it is complete."""
+        self.journal.status("finished", trainer.progress.step)
+
+
+_AUX_KEYS = {"load_balance": "aux_loss", "z": "z_loss"}
+
+
+def _known_peak(config: Config, device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision)
+    return peak_flops(device.type, name, dtype or torch.float32)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
