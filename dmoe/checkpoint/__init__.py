@@ -8,6 +8,7 @@ folder, `manifest` knows what belongs in it, `storage` writes the tensors, `meta
 from dmoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint, verify_checkpoint
 from dmoe.checkpoint.manager import CheckpointConfig, CheckpointManager, load_checkpoint
 from dmoe.checkpoint.manifest import CorruptCheckpointError, Problem
+from dmoe.checkpoint.model import LoadedModel, find_checkpoint, load_model
 from dmoe.checkpoint.ranks import CheckpointError
 
 __all__ = [
@@ -16,8 +17,11 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointManager",
     "CorruptCheckpointError",
+    "LoadedModel",
     "Problem",
+    "find_checkpoint",
     "inspect_checkpoint",
     "load_checkpoint",
+    "load_model",
     "verify_checkpoint",
 ]

@@ -72,6 +72,11 @@ def save_tensors(snapshot: Snapshot, folder: Path, ranks: Ranks = ALONE) -> None
 def load_tensors(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks = ALONE) -> None:
     """Fill the tensors, of any layout, in place with the saved ones of the same names.
 
+    Args:
+        tensors: all of a part ("model", "optimizer": the first word of a name), or none of it.
+        folder: the checkpoint.
+        ranks: that load together.
+
     Raises:
         CheckpointError: on every rank; where names, shapes or dtypes differ, nothing was changed.
     """
@@ -111,10 +116,12 @@ class _StrictPlanner(dcp.DefaultLoadPlanner):
         is_coordinator: bool = False,
     ) -> None:
         assert metadata is not None
+        # A part may be left out whole, as the optimizer is where a model alone is loaded.
+        parts = {name.partition(".")[0] for name in state_dict}
         saved = {
             name: f"{entry.properties.dtype} {list(entry.size)}"
             for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata) and name.partition(".")[0] in parts
         }
         _compare(saved, _layout(state_dict))
         super().set_up_planner(state_dict, metadata, is_coordinator)

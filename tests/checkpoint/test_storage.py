@@ -149,20 +149,36 @@ def test_a_snapshot_keeps_what_was(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("a"), r"a: saved torch.float32 \[2\], expected nothing"),
-        (lambda s: s.update(c=torch.ones(1)), r"c: saved nothing, expected torch.float32 \[1\]"),
-        (lambda s: s.update(a=torch.ones(1, 2)), r"a: saved torch.float32 \[2\], .*\[1, 2\]"),
-        (lambda s: s.update(a=torch.ones(2).half()), r"a: saved torch.float32 .*torch.float16"),
-        (lambda s: s.update({f"x{i}": torch.ones(1) for i in range(20)}), r"; and 12 more$"),
+        (lambda s: s.pop("w.a"), r"w.a: saved torch.float32 \[2\], expected nothing"),
+        (
+            lambda s: s.update({"w.c": torch.ones(1)}),
+            r"w.c: saved nothing, expected torch.float32 \[1\]",
+        ),
+        (
+            lambda s: s.update({"w.a": torch.ones(1, 2)}),
+            r"w.a: saved torch.float32 \[2\], .*\[1, 2\]",
+        ),
+        (
+            lambda s: s.update({"w.a": torch.ones(2).half()}),
+            r"w.a: saved torch.float32 .*torch.float16",
+        ),
+        (lambda s: s.update({f"w.x{i}": torch.ones(1) for i in range(20)}), r"; and 12 more$"),
     ],
 )
 def test_a_mismatch_is_listed_and_changes_nothing(tmp_path, change, message):
-    save_tensors(snapshot({"a": torch.ones(2), "b": torch.ones(2)}), tmp_path)
-    state = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    save_tensors(snapshot({"w.a": torch.ones(2), "w.b": torch.ones(2)}), tmp_path)
+    state = {"w.a": torch.zeros(2), "w.b": torch.zeros(2)}
     change(state)
     with pytest.raises(CheckpointError, match=message):
         load_tensors(state, tmp_path)
-    assert state["b"].eq(0).all()
+    assert state["w.b"].eq(0).all()
+
+
+def test_a_part_may_be_left_out_whole(tmp_path):
+    save_tensors(snapshot({"model.a": torch.ones(2), "optimizer.a": torch.ones(3)}), tmp_path)
+    state = {"model.a": torch.zeros(2)}
+    load_tensors(state, tmp_path)
+    assert state["model.a"].eq(1).all()
 
 
 def _fail_on_rank_one(folder):

@@ -1,0 +1,76 @@
+"""A trained model out of a checkpoint, in one process: `load_model(path)`.
+
+Called by `dmoe eval` and `dmoe generate`, and by anyone's own program.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dmoe.checkpoint.commit import read_latest
+from dmoe.checkpoint.manager import load_checkpoint
+from dmoe.checkpoint.manifest import step_name
+from dmoe.checkpoint.metadata import read_metadata
+from dmoe.config.base import ConfigError
+from dmoe.models import DecoderLM, ModelConfig, build_model
+
+
+class LoadedModel(NamedTuple):
+    """A model and what its checkpoint says of it."""
+
+    model: DecoderLM
+    """In evaluation mode."""
+    config: dict[str, Any]
+    """The whole configuration of the run, as plain data."""
+    step: int
+    """Training step of the weights."""
+    path: Path
+    """The checkpoint folder."""
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Verify a checkpoint and load its model, whatever layout it was trained on.
+
+    Args:
+        path: a checkpoint folder, or a run folder, of which the latest checkpoint is taken.
+        device: where the model is to be.
+        compute_dtype: of activations and products.
+
+    Raises:
+        ConfigError: there is no checkpoint at `path`.
+        CorruptCheckpointError: it is damaged; the message names the file.
+    """
+    folder = find_checkpoint(Path(path))
+    config: dict[str, Any] = read_metadata(folder).parts["config"]
+    model = build_model(
+        ModelConfig.model_validate(config["model"]), device="meta", compute_dtype=compute_dtype
+    )
+    model.to_empty(device=device)
+    metadata = load_checkpoint(
+        folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    )
+    return LoadedModel(model.eval(), config, metadata.step, folder)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that a user means by a checkpoint or a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        step = read_latest(root) if root.is_dir() else None
+        if step is not None:
+            return root / step_name(step)
+    raise ConfigError(
+        f"{path} is neither a checkpoint folder nor a run folder with checkpoints: give "
+        f"runs/NAME, or runs/NAME/checkpoints/step_00000100"
+    )
