@@ -28,6 +28,8 @@ from dmoe.config.base import ConfigError, ConfigModel
 
 _log = logging.getLogger(__name__)
 
+PartsCheck = Callable[[dict[str, Any]], None]
+
 
 class CheckpointConfig(ConfigModel):
     """When to save, what to keep, and where to resume from."""
@@ -152,8 +154,18 @@ class CheckpointManager:
         step = best_step(_eval_losses(self.root))
         return None if step is None else saved_steps(self.root)[step]
 
-    def load(self, path: Path | Literal["latest"], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def load(
+        self,
+        path: Path | Literal["latest"],
+        tensors: Mapping[str, Tensor],
+        check: PartsCheck | None = None,
+    ) -> dict[str, Any]:
         """Verify a checkpoint, fill `tensors` in place from it, and return its parts.
+
+        Args:
+            path: the checkpoint.
+            tensors: by global name, in any layout.
+            check: called with the parts before any tensor is changed; may raise.
 
         Raises:
             CorruptCheckpointError: on every rank: the folder is damaged; nothing was changed.
@@ -165,12 +177,14 @@ class CheckpointManager:
             if not found:
                 raise CheckpointError(f"{self.root} holds no checkpoint")
             path = Path(found)
-        return load_checkpoint(Path(path), tensors, self._ranks).parts
+        return load_checkpoint(Path(path), tensors, self._ranks, check).parts
 
-    def resume(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    def resume(
+        self, tensors: Mapping[str, Tensor], check: PartsCheck | None = None
+    ) -> dict[str, Any] | None:
         """Fill `tensors` from where the config says and return the parts, or None to start anew.
 
-        A damaged checkpoint is reported and the one before it is tried.
+        A damaged checkpoint is reported and the one before it is tried. `check` is that of `load`.
 
         Raises:
             ConfigError: `resume` is "must" and there is nothing to resume from.
@@ -191,7 +205,7 @@ class CheckpointManager:
         damage = []
         for candidate in candidates:
             try:
-                return self.load(Path(candidate), tensors)
+                return self.load(Path(candidate), tensors, check)
             except CorruptCheckpointError as error:
                 damage.append(str(error))
                 self._warn("cannot resume: %s; trying the checkpoint before it", error)
@@ -263,13 +277,20 @@ class CheckpointManager:
             _log.warning(message, *args)
 
 
-def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> Metadata:
+def load_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
+    check: PartsCheck | None = None,
+) -> Metadata:
     """Verify one checkpoint folder, fill `tensors` in place, and return the rest of what it holds.
 
     Usable without a manager, in one process or on `ranks`; raises as `CheckpointManager.load`.
     """
     verify(path, ranks)
     metadata = ranks.run(f"reading {path}", lambda: read_metadata(path))
+    if check is not None:
+        check(metadata.parts)
     load_tensors(tensors, path, ranks)
     return metadata
 

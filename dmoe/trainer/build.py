@@ -1,5 +1,7 @@
 """Builds a run from its configuration: data, engine, checkpoints, and the state it resumes from."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from dmoe.checkpoint import CheckpointManager
 from dmoe.config import ConfigError, config_tree, diff_trees
 from dmoe.data import (
+    Dataset,
     LoaderState,
     Tokenizer,
     TokenSplit,
@@ -17,7 +20,6 @@ from dmoe.data import (
     check_resume,
     load_tokenizer,
 )
-from dmoe.data.packing import Dataset
 from dmoe.engine import NativeEngine
 from dmoe.parallel import ParallelDims
 from dmoe.trainer.config import Config
@@ -25,15 +27,14 @@ from dmoe.trainer.journal import Journal
 from dmoe.trainer.loop import Trainer
 from dmoe.trainer.progress import Progress
 
-# Keys of the model that a resumed run may change: they act on training, not on what the weights
-# are.
+# Model keys that a resumed run may change: they act on training, not on what the weights mean.
 _FREE_MODEL_KEYS = (
-    "moe.backend",
-    "moe.capacity",
-    "moe.dispatch",
-    "moe.losses",
-    "moe.router.bias_update_rate",
-    "moe.router.jitter",
+    "model.moe.backend",
+    "model.moe.capacity",
+    "model.moe.dispatch",
+    "model.moe.losses",
+    "model.moe.router.bias_update_rate",
+    "model.moe.router.jitter",
 )
 
 
@@ -43,94 +44,105 @@ class Run:
 
     config: Config
     dims: ParallelDims
-    device: torch.device
     tokenizer: Tokenizer
+    dataset: Dataset
+    """Training data."""
     valid: TokenSplit
+    """Held-out data."""
     trainer: Trainer
     journal: Journal
 
-    def close(self) -> None:
-        """End threads and close files."""
-        self.trainer.loader.close()
-        self.trainer.checkpoints.close()
 
-
-def build_run(config: Config, device: torch.device) -> Run:
-    """Build a run, at its start or where its last checkpoint left it.
+@contextmanager
+def open_run(config: Config, device: torch.device) -> Iterator[Run]:
+    """Build a run, at its start or where its last checkpoint left it, and close it in the end.
 
     Raises:
         ConfigError: data, layout or checkpoint do not fit the configuration.
     """
     dims = ParallelDims.create(ep=config.parallel.ep, device_type=device.type)
     config.check_world(dims.world_size)
-    train = config.train
-    where = {"rank": dims.rank, "world": dims.world_size}
+    train, seed, vocab_size = config.train, config.run.seed, config.model.vocab_size
+    readers = {"rank": dims.rank, "world": dims.world_size}
     tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab_size = config.model.vocab_size
+    valid = build_valid_split(config.data, vocab_size=vocab_size, **readers)
     dataset = build_train_dataset(
-        config.data, seq_len=train.seq_len, vocab_size=vocab_size, seed=config.run.seed, **where
+        config.data, seq_len=train.seq_len, vocab_size=vocab_size, seed=seed, **readers
     )
-    valid = build_valid_split(config.data, vocab_size=vocab_size, **where)
     engine = NativeEngine(
         config.engine,
         model=config.model,
         optim=config.optim,
         dims=dims,
         device=device,
-        seed=config.run.seed,
+        seed=seed,
         recompute=train.recompute,
     )
-    checkpoints = CheckpointManager(config.run.folder / "checkpoints", config.checkpoint)
+    with ExitStack() as stack:
+        checkpoints = CheckpointManager(config.run.folder / "checkpoints", config.checkpoint)
+        stack.callback(checkpoints.close)
+        parts = _resume(config, checkpoints, engine, dataset)
+        progress = Progress.restore(parts["progress"]) if parts else Progress()
+        loader = stack.enter_context(
+            TrainLoader(
+                dataset,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+                start_sample=parts["data"]["samples_consumed"] if parts else 0,
+                **readers,
+            )
+        )
+        journal = Journal(config, rank=dims.rank, step=progress.step)
+        stack.callback(journal.close)
+        _introduce(config, dims, journal, parts)
+        trainer = Trainer(
+            config, engine=engine, loader=loader, checkpoints=checkpoints, progress=progress
+        )
+        try:
+            yield Run(config, dims, tokenizer, dataset, valid, trainer, journal)
+        except BaseException as error:
+            journal.status("failed", progress.step, error=f"{type(error).__name__}: {error}")
+            raise
+
+
+def _resume(
+    config: Config, checkpoints: CheckpointManager, engine: NativeEngine, dataset: Dataset
+) -> dict[str, Any] | None:
+    """Load the checkpoint to continue from, if there is one, and return its parts."""
     if config.checkpoint.resume == "never" and checkpoints.latest():
         raise ConfigError(
             f"{config.run.folder} already holds checkpoints, and checkpoint.resume is 'never': "
-            f"choose another run.name, or checkpoint.resume=auto to continue"
+            f"choose another run.name, or set checkpoint.resume=auto to continue"
         )
-    parts = checkpoints.resume(engine.state())
-    progress, start_sample, changes = Progress(), 0, []
+
+    def check(parts: dict[str, Any]) -> None:
+        _check_model(parts["config"], config)
+        check_resume(LoaderState.model_validate(parts["data"]), dataset)
+
+    parts = checkpoints.resume(engine.state(), check)
     if parts is not None:
-        changes = _check_config(parts["config"], config)
-        progress, start_sample = _restore(parts, engine, dataset)
-    loader = TrainLoader(
-        dataset,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        start_sample=start_sample,
-        **where,
-    )
-    journal = Journal(config, rank=dims.rank, step=progress.step)
+        engine.load_parts(parts["optimizer"])
+    return parts
+
+
+def _check_model(saved: dict[str, Any], config: Config) -> None:
+    for key, old, new in diff_trees(saved, config_tree(config)):
+        if key.startswith("model.") and not key.startswith(_FREE_MODEL_KEYS):
+            raise ConfigError(
+                f"{key} was {old} when the checkpoint was saved and is now {new}: the weights are "
+                f"those of another model; set it back, or choose another run.name"
+            )
+
+
+def _introduce(
+    config: Config, dims: ParallelDims, journal: Journal, parts: dict[str, Any] | None
+) -> None:
+    """Print the layout, and where a resumed run stands."""
     moe = config.model.moe
     journal.message(dims.describe(moe.num_experts if moe else 0))
-    if parts is not None:
-        journal.message(f"resumed at step {progress.step} of {train.steps}")
-    for key, old, new in changes:
+    if parts is None:
+        return
+    steps = config.train.steps
+    journal.message(f"resumed at step {parts['progress']['step']} of {steps}")
+    for key, old, new in diff_trees(parts["config"], config_tree(config)):
         journal.message(f"changed since the checkpoint: {key}: {old} -> {new}")
-    trainer = Trainer(
-        config, engine=engine, loader=loader, checkpoints=checkpoints, progress=progress
-    )
-    return Run(config, dims, device, tokenizer, valid, trainer, journal)
-
-
-def _restore(parts: dict[str, Any], engine: NativeEngine, dataset: Dataset) -> tuple[Progress, int]:
-    """Take back the parts of a checkpoint whose tensors are loaded."""
-    state = LoaderState.model_validate(parts["data"])
-    check_resume(state, dataset)
-    engine.load_parts(parts["optimizer"])
-    return Progress.restore(parts["progress"]), state.samples_consumed
-
-
-def _check_config(saved: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
-    """Return what changed since the checkpoint was saved.
-
-    Raises:
-        ConfigError: a key of the model that its weights depend on has another value.
-    """
-    changes = diff_trees(saved, config_tree(config))
-    for key, old, new in changes:
-        section, _, rest = key.partition(".")
-        if section == "model" and not rest.startswith(_FREE_MODEL_KEYS):
-            raise ConfigError(
-                f"{key} was {old} when the checkpoint was saved and is now {new}: the weights "
-                f"are those of another model; restore it, or choose another run.name"
-            )
-    return changes

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -69,14 +68,18 @@ class LogMetrics(Callback):
         )
 
 
-@dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Protocol):
     """A measurement on the held-out split."""
 
-    loss: float
-    """Nats a token."""
-    bits_per_byte: float | None
-    """None where the split does not know its text."""
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        ...
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The same in bits a byte; None where the split does not know its text."""
+        ...
 
 
 class Evaluate(Callback):

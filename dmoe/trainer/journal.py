@@ -66,12 +66,15 @@ class Journal:
             status = {"state": state, "step": step, "time": time.time(), **details}
             write_atomically(Path(self.folder / "status.json"), json.dumps(status) + "\n")
 
-    def close(self, results: dict[str, float] | None = None) -> None:
-        """Close the files; `results` are the run's last values for TensorBoard's table of runs."""
+    def results(self, values: dict[str, float]) -> None:
+        """Enter the run with its last values in TensorBoard's table of runs."""
+        if self.tensorboard is not None:
+            self.tensorboard.hparams(self.hparams, values)
+
+    def close(self) -> None:
+        """Close the files."""
         self.console.close()
         if self.jsonl is not None:
             self.jsonl.close()
         if self.tensorboard is not None:
-            if results:
-                self.tensorboard.hparams(self.hparams, results)
             self.tensorboard.close()
