@@ -1,6 +1,8 @@
-"""Property tests here draw the same examples on every machine and are not timed."""
+"""Tests draw the same examples on every machine, are not timed, and do not fight for cores."""
 
+import torch
 from hypothesis import settings
 
 settings.register_profile("dmoe", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("dmoe")
+torch.set_num_threads(1)

@@ -104,6 +104,10 @@ class NativeEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters, buffers and optimizer state under global names and shapes."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # At stage 2 a forward pass without gradients leaves whole parameters in place.
+                module.reshard()
         state = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]

@@ -25,6 +25,23 @@ class KVCache:
     length: int = 0
     """Tokens stored."""
 
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
+        """Return an empty cache for `batch_size` sequences of at most `max_len` tokens."""
+        shape = (batch_size, config.kv_heads, max_len, config.width_of_head)
+        return cls(
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, S, d) new keys and values and return all of them."""
         end = self.length + keys.shape[2]
@@ -120,13 +137,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def packed_mask(document_ids: Tensor) -> Tensor:
-    """Return (B, 1, S, S): causal, and within one document; padding looks at padding.
+def packed_mask(document_ids: Tensor, seq_len: int) -> Tensor:
+    """Return (B, 1, S, total): causal, and within one document; padding looks at padding.
 
     Args:
-        document_ids: (B, S) number of the document of each token.
+        document_ids: (B, total) number of the document of each token.
+        seq_len: S, the tokens at the end that look; those before them are in the cache.
     """
-    seq_len = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
+    total = document_ids.shape[1]
+    same = document_ids[:, total - seq_len :, None] == document_ids[:, None, :]
+    full = torch.ones(seq_len, total, dtype=torch.bool, device=document_ids.device)
+    return (same & full.tril(total - seq_len))[:, None]

@@ -46,7 +46,8 @@ class ModelInputs:
     positions: Tensor | None = None
     """(B, S) int64 place of each token in its document; None for 0, 1, ..."""
     document_ids: Tensor | None = None
-    """(B, S) document of each token, negative for padding; None for one document a sequence."""
+    """(B, S) document of each token, negative for padding; with caches (B, length + S), of the
+    tokens in the cache as well. None for one document a sequence."""
 
 
 class Block(nn.Module):
@@ -114,9 +115,10 @@ class DecoderLM(nn.Module):
             Block(config, layer=layer, dims=dims) for layer in range(config.num_layers)
         )
         self.norm = _norm(config)
-        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed.weight
+        # A weight shared by two modules comes apart in `to_empty`, so a tied model has no head.
+        self.lm_head: Linear | None = None
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -125,6 +127,7 @@ class DecoderLM(nn.Module):
         *,
         caches: list[KVCache] | None = None,
         recompute: Recompute = "none",
+        last_only: bool = False,
     ) -> ModelOutput:
         """Return the logits of every position and the outputs of the MoE layers.
 
@@ -134,6 +137,7 @@ class DecoderLM(nn.Module):
             caches: one KV cache a layer; the tokens then follow those in the cache.
             recompute: which activations are computed again in the backward pass: "none",
                 "selective" (attention and its norm) or "full" (whole blocks). Routing is not.
+            last_only: return the logits of the last position alone, (B, 1, V).
         """
         if context is None:
             context = MoEContext(seq_len=inputs.tokens.shape[1], valid_T=valid_tokens(inputs))
@@ -153,7 +157,9 @@ class DecoderLM(nn.Module):
                 x, output = block(*arguments)
             if output is not None:
                 outputs.append(output)
-        return ModelOutput(self.lm_head(self.norm(x)), outputs)
+        if last_only:
+            x = x[:, -1:]
+        return ModelOutput(self.unembed(self.norm(x)), outputs)
 
     def embed_tokens(
         self, inputs: ModelInputs, caches: list[KVCache] | None
@@ -175,6 +181,12 @@ class DecoderLM(nn.Module):
             )
         return x.to(self.compute_dtype), AttentionInputs(_mask(inputs, start), cos, sin)
 
+    def unembed(self, x: Tensor) -> Tensor:
+        """Map (B, S, D) to the logits (B, S, V)."""
+        if self.lm_head is None:
+            return F.linear(x, self.embed.weight.to(x.dtype))
+        return self.lm_head(x)
+
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first layer first."""
@@ -191,7 +203,7 @@ def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, S, V).
-        labels: (B, S) int64 token that follows each position; negative ones do not count.
+        labels: (B, S) int64 token that follows each position; -100 does not count.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(
@@ -203,21 +215,18 @@ def valid_tokens(inputs: ModelInputs) -> Tensor | None:
     """Return (T,) bool, False for padding, or None where there is none."""
     if inputs.document_ids is None:
         return None
-    valid_T = inputs.document_ids.flatten() >= 0
+    valid_T = inputs.document_ids[:, -inputs.tokens.shape[1] :].flatten() >= 0
     return None if valid_T.all() else valid_T
 
 
 def _mask(inputs: ModelInputs, start: int) -> Tensor | None:
     """Return the attention mask; None where plain causal attention is meant."""
-    tokens = inputs.tokens
-    if start:
-        # Queries follow the cached keys: query i may look at the keys up to start + i.
-        total = start + tokens.shape[1]
-        keys = torch.arange(total, device=tokens.device)
-        return (keys <= keys[start:, None])[None, None]
-    if inputs.document_ids is None or bool((inputs.document_ids == 0).all()):
+    document_ids, seq_len = inputs.document_ids, inputs.tokens.shape[1]
+    if not start and (document_ids is None or bool((document_ids == 0).all())):
         return None
-    return packed_mask(inputs.document_ids)
+    if document_ids is None:
+        document_ids = inputs.tokens.new_zeros(1, start + seq_len)
+    return packed_mask(document_ids, seq_len)
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt
 
 from dmoe.config.base import ConfigModel
 
@@ -19,12 +19,6 @@ class ScheduleConfig(ConfigModel):
     """Rate at the last step, as a fraction of the full rate."""
     decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
     """Share of all steps in which "wsd" decays."""
-
-    @model_validator(mode="after")
-    def _decay_is_for_wsd(self) -> "ScheduleConfig":
-        if self.name != "wsd" and "decay_fraction" in self.model_fields_set:
-            raise ValueError(f"decay_fraction is a setting of name: wsd, not of {self.name}")
-        return self
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:

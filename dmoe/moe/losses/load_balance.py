@@ -44,14 +44,14 @@ def load_balance_loss(
     num_experts = scores_TE.shape[1]
     if scope == "global_batch":
         assert counts_E is not None, "the global scope needs the counts of the global batch"
-        share_E = counts_E / counts_E.sum().clamp(min=1)
+        share_E = counts_E.to(scores_TE) / counts_E.sum().clamp(min=1)
         return num_experts * (share_E * scores_TE.sum(0)).sum() / totals.num_tokens
 
-    group_size = seq_len if scope == "sequence" else scores_TE.shape[0]
+    group_size = seq_len if scope == "sequence" else max(1, scores_TE.shape[0])
     num_groups = totals.num_sequences if scope == "sequence" else totals.num_micro_batches
     scores_GE = scores_TE.view(-1, group_size, num_experts).sum(1)
     counts_GE = _count_by_group(routing.expert_ids_TK, group_size, num_experts)
-    share_GE = counts_GE / counts_GE.sum(1, keepdim=True).clamp(min=1)
+    share_GE = counts_GE.to(scores_GE) / counts_GE.sum(1, keepdim=True).clamp(min=1)
     # The rows of scores sum to 1, so the sum over a group is its number of valid tokens.
     mean_GE = scores_GE / scores_GE.detach().sum(1, keepdim=True).clamp(min=1)
     return num_experts * (share_GE * mean_GE).sum() / num_groups

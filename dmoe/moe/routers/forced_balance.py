@@ -40,7 +40,7 @@ class ForcedBalanceRouter(Router):
         logits_TE = self.gate(x_TD)
         num_tokens, num_experts = logits_TE.shape
         slots_TK = torch.arange(num_tokens * self.config.top_k, device=x_TD.device)
-        ids_TK = (slots_TK % num_experts).view(num_tokens, -1)
+        ids_TK = (slots_TK % num_experts).view(num_tokens, self.config.top_k)
         weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
         if context.valid_T is not None:
             ids_TK = ids_TK.masked_fill(~context.valid_T[:, None], -1)

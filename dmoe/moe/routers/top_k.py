@@ -63,7 +63,7 @@ class TopKRouter(Router):
         ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
         weights_TK = self.weigh(logits_TE, scores_TE, ids_TK.clamp(min=0))
         if self.config.score == "sigmoid":
-            scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+            scores_TE = divided_by_sum(scores_TE)
         return make_routing(logits_TE, scores_TE, ids_TK, weights_TK)
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
@@ -84,15 +84,19 @@ class TopKRouter(Router):
         else:
             weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
         if self.config.normalize:
-            # Sigmoid scores may all vanish; the smallest number keeps 0 / 0 out.
-            tiny = torch.finfo(weights_TK.dtype).tiny
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
+            weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
 
     def end_step(self, counts_E: Tensor) -> None:
         """Move the selection bias, if there is one, against the load of the step."""
         if self.expert_bias_E is not None:
             update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)
+
+
+def divided_by_sum(scores: Tensor) -> Tensor:
+    """Divide each row by its sum."""
+    # Sigmoid scores may all vanish; this keeps 0 / 0 out, and infinity out of the gradient.
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def jittered(x_TD: Tensor, jitter: float, context: MoEContext) -> Tensor:
@@ -102,4 +106,5 @@ def jittered(x_TD: Tensor, jitter: float, context: MoEContext) -> Tensor:
     assert context.token_ids_T is not None, "random routing needs the tokens' numbers"
     key = stream_key(context.seed, "router_jitter", context.step, context.layer)
     noise_TD = token_uniform(key, context.token_ids_T, x_TD.shape[1])
-    return x_TD * (1 + jitter * (2 * noise_TD - 1)).to(x_TD.dtype)
+    # In bfloat16 the usual jitter of 0.01 would be rounded to one of three values.
+    return x_TD * (1 + jitter * (2 * noise_TD - 1))

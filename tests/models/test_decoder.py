@@ -1,0 +1,208 @@
+"""What a decoder language model promises, for both families, with MoE layers, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmoe.models import DecoderLM, ModelInputs, lm_loss
+from dmoe.models.attention import KVCache
+from dmoe.moe import BatchTotals, MoEContext
+from dmoe.moe.routers import top_k as top_k_router
+
+FAMILIES = [
+    pytest.param({"family": "gpt2"}, id="gpt2"),
+    pytest.param({"family": "llama", "num_kv_heads": 2, "qk_norm": "head"}, id="llama"),
+]
+
+
+def random_tokens(batch: int, seq_len: int) -> Tensor:
+    return torch.randint(19, (batch, seq_len), generator=torch.Generator().manual_seed(0))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_a_later_token_changes_no_earlier_logits(options, small_model) -> None:
+    model, tokens = small_model(**options), random_tokens(2, 8)
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 19
+    before, after = (model(ModelInputs(t)).logits for t in (tokens, changed))
+    assert_close(after[:, :5], before[:, :5])
+    assert (after[:, 5:] - before[:, 5:]).abs().amin(dim=(0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_packed_documents_do_not_see_each_other(options, small_model) -> None:
+    """Two documents and padding in one window: each gives the logits that it gives alone."""
+    model = small_model(**options)
+    first, second, padding = random_tokens(1, 5), random_tokens(1, 4) + 3, random_tokens(1, 3)
+    packed = ModelInputs(
+        torch.cat([first, second % 19, padding], dim=1),
+        positions=torch.tensor([[*range(5), *range(4), *range(3)]]),
+        document_ids=torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3]),
+    )
+    output = model(packed)
+    assert_close(output.logits[:, :5], model(ModelInputs(first)).logits)
+    assert_close(output.logits[:, 5:9], model(ModelInputs(second % 19)).logits)
+    assert output.logits.isfinite().all()
+    assert [layer.stats.num_tokens.item() for layer in output.moe] == [9, 9]
+
+
+def empty_caches(model: DecoderLM, batch: int) -> list[KVCache]:
+    config = model.config
+    shape = (batch, config.kv_heads, 12, config.width_of_head)
+    return [
+        KVCache(torch.zeros(shape).double(), torch.zeros(shape).double())
+        for _ in range(config.num_layers)
+    ]
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [10]])
+def test_decoding_with_a_cache_equals_the_whole_forward_pass(options, chunks, small_model) -> None:
+    model, tokens = small_model(**options), random_tokens(2, 10)
+    caches = empty_caches(model, batch=2)
+    with torch.no_grad():
+        parts = [model(ModelInputs(part), caches=caches).logits for part in tokens.split(chunks, 1)]
+        assert_close(torch.cat(parts, dim=1), model(ModelInputs(tokens)).logits)
+    assert [cache.length for cache in caches] == [10] * model.config.num_layers
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_prompts_of_two_lengths_decode_as_each_alone(options, small_model) -> None:
+    """The shorter prompt is padded on the left, in the cache as well."""
+    model, tokens, padding = small_model(**options), random_tokens(2, 8), 3
+    document_ids = torch.zeros(2, 8, dtype=torch.int64)
+    document_ids[0, :padding] = -1
+    positions = torch.stack([(torch.arange(8) - padding).clamp(min=0), torch.arange(8)])
+    caches, parts = empty_caches(model, batch=2), []
+    with torch.no_grad():
+        for start, end in ((0, 6), (6, 7), (7, 8)):
+            here = slice(start, end)
+            inputs = ModelInputs(tokens[:, here], positions[:, here], document_ids[:, :end])
+            parts.append(model(inputs, caches=caches).logits)
+        logits = torch.cat(parts, dim=1)
+        assert_close(logits[:1, padding:], model(ModelInputs(tokens[:1, padding:])).logits)
+        assert_close(logits[1:], model(ModelInputs(tokens[1:])).logits)
+
+
+def loss_and_gradients(model: DecoderLM, recompute: str) -> list[Tensor]:
+    tokens = random_tokens(2, 8)
+    totals = BatchTotals(num_tokens=16, num_targets=14, num_sequences=2, num_micro_batches=1)
+    context = MoEContext(seq_len=8, totals=totals)
+    output = model(ModelInputs(tokens), context, recompute=recompute)
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)
+    loss = lm_loss(output.logits, labels) / totals.num_targets
+    loss = loss + sum(sum(layer.losses.values()) for layer in output.moe)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_gradient_and_no_routing(
+    options, recompute, small_model, monkeypatch
+) -> None:
+    model = small_model(**options)
+    choose = top_k_router.top_k_ids
+    calls: list[int] = []
+
+    def counted(scores_TE: Tensor, k: int) -> Tensor:
+        calls.append(k)
+        return choose(scores_TE, k)
+
+    monkeypatch.setattr(top_k_router, "top_k_ids", counted)
+    straight = loss_and_gradients(model, "none")
+    assert len(calls) == len(model.moe_layers) == 2
+    again = loss_and_gradients(model, recompute)
+    assert len(calls) == 4
+    for got, want in zip(again, straight, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_recompute_saves_what_it_says(small_model) -> None:
+    """Full keeps less than selective, and that less than none."""
+
+    def saved_bytes(recompute: str) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        model = small_model()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(ModelInputs(random_tokens(8, 32)), recompute=recompute)
+        del output
+        return sum(sizes.values())
+
+    assert saved_bytes("full") < saved_bytes("selective") < saved_bytes("none")
+
+
+def test_tied_embeddings_are_one_matrix(small_model) -> None:
+    tied, untied = small_model(tie_embeddings=True), small_model()
+    names = dict(tied.named_parameters())
+    assert dict(untied.named_parameters()).keys() - names == {"lm_head.weight"}
+    assert tied.state_dict().keys() == untied.state_dict().keys() - {"lm_head.weight"}
+
+    untied.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.embed.weight})
+    inputs = ModelInputs(random_tokens(2, 6))
+    outputs = [model(inputs).logits for model in (tied, untied)]
+    assert_close(*outputs)
+    for logits in outputs:
+        logits.square().sum().backward()
+    assert_close(tied.embed.weight.grad, untied.embed.weight.grad + untied.lm_head.weight.grad)
+
+
+def test_the_loss_is_a_sum_in_nats_over_the_labels_that_count() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 5.0], [1.0, 1.0, 1.0], [9.0, 1.0, 1.0]]]).log().bfloat16()
+    labels = torch.tensor([[2, 0, -100]])
+    loss = lm_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(torch.tensor([8 / 5, 3.0]).log().sum().item(), rel=1e-2)
+    assert lm_loss(logits, torch.full((1, 3), -100)).item() == 0
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_bfloat16_computes_on_float32_masters(options, small_model) -> None:
+    model = small_model(torch.bfloat16, **options)
+    output = model(ModelInputs(random_tokens(2, 6)))
+    assert output.logits.dtype == torch.bfloat16
+    output.logits.float().square().mean().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_bfloat16_is_close_to_float32(options, small_model) -> None:
+    inputs = ModelInputs(random_tokens(2, 6))
+    options = {**options, "moe": None}  # a router may choose otherwise in the last bit
+    narrow, wide = (
+        small_model(dtype, **options)(inputs).logits.float()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert (narrow - wide).norm() < 0.02 * wide.norm()
+
+
+def test_number_of_parameters_by_hand(small_model) -> None:
+    dim, ffn, vocab, expert, experts = 16, 24, 19, 8, 4
+    moe = experts * dim + experts * 3 * dim * expert + 3 * dim * expert  # router, experts, shared
+    attention = dim * dim + 2 * dim * (dim // 2) + dim * dim + 2 * 4  # q, k and v, o, q/k norms
+    llama = small_model(num_kv_heads=2, qk_norm="head")
+    layers = 3 * (attention + 2 * dim) + 3 * dim * ffn + 2 * moe
+    assert sum(p.numel() for p in llama.parameters()) == 2 * vocab * dim + layers + dim
+
+    gpt2 = small_model(family="gpt2", moe=None, tie_embeddings=True)
+    attention = dim * 3 * dim + 3 * dim + dim * dim + dim
+    layers = 3 * (attention + 4 * dim + 2 * dim * ffn + ffn + dim)
+    total = vocab * dim + 32 * dim + layers + 2 * dim
+    assert sum(p.numel() for p in gpt2.parameters()) == total
+
+
+def test_moe_layers_are_where_the_configuration_says(small_model) -> None:
+    model = small_model(num_layers=4, moe={"num_experts": 2, "expert_ffn_dim": 8, "every": 2})
+    assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
+    assert model.config.moe_layers == [1, 3]
+    assert len(model.moe_layers) == len(model(ModelInputs(random_tokens(1, 4))).moe) == 2

@@ -1,0 +1,144 @@
+"""A resumed run equals one that was never interrupted, bit for bit; and goes on on any layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SAVE_EVERY, STEPS, run_tiny, tiny_config
+
+from dmoe.config import ConfigError
+from dmoe.testing import run_distributed
+
+Sections = dict[str, dict[str, Any]]
+
+ONE_PROCESS: list[Sections] = [
+    {},
+    {"engine": {"precision": "fp32"}, "train": {"recompute": "full"}},
+]
+TWO_RANKS: list[Sections] = [
+    {},
+    {"parallel": {"ep": 2}},
+    {"engine": {"zero_stage": 2}},
+    {"engine": {"zero_stage": 3}, "parallel": {"ep": 2}},
+    {
+        "parallel": {"ep": 2},
+        "engine": {"precision": "bf16", "zero_stage": 2},
+        "checkpoint": {"async_save": True},
+    },
+]
+FOUR_RANKS: list[Sections] = [{"engine": {"zero_stage": 3}, "parallel": {"ep": 2}}]
+
+
+def _merged(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    base = {
+        "engine": {"precision": "fp64"},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "seq_len": 32,
+            "max_skipped_steps": 2,
+        },
+        "checkpoint": {"every": SAVE_EVERY, "keep_last": 9},
+    }
+    return {name: {**base.get(name, {}), **section} for name, section in sections.items()}
+
+
+def _straight_and_resumed(store: Path, folder: Path, sections: dict[str, Any]) -> None:
+    """Compare on every rank; one interruption is right after a save, one is two steps later."""
+    straight = run_tiny(tiny_config(store, folder / "straight", **_merged(sections)))
+    config = tiny_config(store, folder / "resumed", **_merged(sections))
+    first, _ = run_tiny(config, die_after=SAVE_EVERY + 2)
+    second, state = run_tiny(config)
+    assert list(second) == list(range(SAVE_EVERY + 1, STEPS + 1))
+    assert {**first, **second} == straight[0]
+    assert state.keys() == straight[1].keys()
+    different = [name for name in state if not torch.equal(state[name], straight[1][name])]
+    assert not different
+
+
+def _all_layouts(store: Path, folder: Path, layouts: list[Sections]) -> None:
+    for index, sections in enumerate(layouts):
+        _straight_and_resumed(store, folder / str(index), sections)
+
+
+def test_resume_equals_a_straight_run_bit_for_bit(token_store, tmp_path) -> None:
+    _all_layouts(token_store, tmp_path, ONE_PROCESS)
+
+
+@pytest.mark.parametrize("layouts", [TWO_RANKS, FOUR_RANKS], ids=["2 ranks", "4 ranks"])
+def test_resume_on_several_ranks_too(layouts, token_store, tmp_path) -> None:
+    world_size = 2 if layouts is TWO_RANKS else 4
+    run_distributed(_all_layouts, world_size, token_store, tmp_path, layouts)
+
+
+def _train(store: Path, folder: Path, sections: dict[str, Any], die_after: int | None) -> Any:
+    rows, state = run_tiny(tiny_config(store, folder, **_merged(sections)), die_after)
+    return rows, {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def _go_through(journey: list[tuple[int, Sections]], store: Path, folder: Path) -> None:
+    """Train a step or so on each layout in turn and compare with one process all the way."""
+    every = {"checkpoint": {"every": 1}}
+    straight, state = _train(store, folder / "straight", every, None)
+    rows: dict[int, Any] = {}
+    for stage, (world_size, sections) in enumerate(journey, start=1):
+        die_after = stage if stage < len(journey) else None
+        arguments = (store, folder / "moved", {**every, **sections}, die_after)
+        if world_size == 1:
+            new_rows, moved = _train(*arguments)
+        else:
+            new_rows, moved = run_distributed(_train, world_size, *arguments)[0]
+        rows |= new_rows
+    assert list(rows) == list(range(1, STEPS + 1))
+    for step, row in rows.items():
+        assert row["samples"] == straight[step]["samples"]
+        assert row["counts"] == straight[step]["counts"]
+        assert row["loss"] == pytest.approx(straight[step]["loss"], abs=1e-9)
+        assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], abs=1e-9)
+    for name, value in state.items():
+        assert abs(moved[name] - value).max() <= 1e-9, name
+
+
+def test_a_run_goes_on_on_another_layout(token_store, tmp_path) -> None:
+    """Moments, bias and the order of data move with it, over stages, ep and number of ranks."""
+    stage_3_ep_2: Sections = {"engine": {"zero_stage": 3}, "parallel": {"ep": 2}}
+    journey = [(1, {}), (2, stage_3_ep_2), (4, {"parallel": {"ep": 4}}), (1, {})]
+    _go_through(journey, token_store, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_many_layouts(token_store, tmp_path) -> None:
+    sharded: Sections = {"engine": {"zero_stage": 3}, "parallel": {"ep": 2}}
+    gradients: Sections = {"engine": {"zero_stage": 2}, "parallel": {"ep": 2}}
+    dense: Sections = {"engine": {"zero_stage": 2}}
+    journey = [(4, sharded), (2, gradients), (4, dense), (2, {}), (4, gradients), (1, {})]
+    _go_through(journey, token_store, tmp_path)
+
+
+def test_a_finished_run_stays_as_it_is(token_store, tmp_path) -> None:
+    config = tiny_config(token_store, tmp_path)
+    _, state = run_tiny(config)
+    rows, again = run_tiny(config)
+    assert rows == {}
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"num_heads": 4}}, r"model\.num_heads was 2 .* and is now 4"),
+        ({"run": {"seed": 2}}, r"run\.seed was 1 .* now 2"),
+        ({"train": {"seq_len": 16}}, r"train\.seq_len was 32 .* now 16"),
+        ({"checkpoint": {"resume": "never"}}, "already holds checkpoints"),
+    ],
+)
+def test_what_cannot_change_on_resume(sections, message, token_store, tmp_path) -> None:
+    config = tiny_config(token_store, tmp_path)
+    run_tiny(config, die_after=SAVE_EVERY)
+    tree = config.model_dump(mode="json")
+    for name, section in sections.items():
+        tree[name] |= section
+    with pytest.raises(ConfigError, match=message):
+        run_tiny(type(config).model_validate(tree))
