@@ -1,8 +1,9 @@
 """Named counter-based random streams: value = f(seed, stream, counters).
 
-Nothing is drawn from a global generator, so a value does not depend on what was drawn before it, on the
-rank that draws it, or on whether it is drawn a second time under recomputation or after a resume.
-Streams in use: "init", "data", "blend", "router_jitter", "forced_balance", "sample" (generation).
+Nothing is drawn from a global generator, so a value does not depend on what was drawn before it,
+on the rank that draws it, or on whether it is drawn a second time under recomputation or after a
+resume. Streams in use: "init", "data", "blend", "router_jitter", "forced_balance", "sample"
+(generation).
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dmoe.data import MicroBatch
 from dmoe.engine.base import COMPUTE_DTYPES, EngineConfig, StepPosition, StepResult
@@ -23,6 +23,7 @@ from dmoe.models.decoder import lm_loss, valid_tokens
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.optim import OptimConfig, build_optimizer
 from dmoe.parallel import ParallelDims, all_reduce_sum
+from dmoe.parallel.placement import expert_shard_dim
 
 
 class NativeEngine:
@@ -188,13 +189,15 @@ class NativeEngine:
         """Return a view of `tensor` that knows its place in the global tensor of that name."""
         if self.dims.expert_mesh is None or not is_expert(name):
             return tensor
-        sharded = isinstance(tensor, DTensor)
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local: Tensor = tensor
+        over_edp: Placement = Replicate()
+        if isinstance(tensor, DTensor):
+            local, [over_edp] = tensor.to_local(), tensor.placements
         shape = torch.Size((tensor.shape[0] * self.dims.ep, *tensor.shape[1:]))
         return DTensor.from_local(
             local,
             self.dims.expert_mesh,
-            [Shard(0), Shard(0) if sharded else Replicate()],
+            [Shard(0), over_edp],
             run_check=False,
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
@@ -245,7 +248,12 @@ def _shard(model: DecoderLM, config: EngineConfig, dims: ParallelDims, dtype: to
         shard(layer.router.gate, mesh=dims.dense_mesh, mp_policy=exact)
         if dims.edp > 1:
             assert dims.expert_mesh is not None
-            shard(layer.experts, mesh=dims.expert_mesh["edp"], mp_policy=policy)
+            shard(
+                layer.experts,
+                mesh=dims.expert_mesh["edp"],
+                mp_policy=policy,
+                shard_placement_fn=lambda p: Shard(expert_shard_dim(p.shape, dims.edp)),
+            )
     for module in [*model.layers, model]:
         shard(module, mesh=dims.dense_mesh, mp_policy=policy, ignored_params=ignored)
     for module in model.modules():

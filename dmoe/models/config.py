@@ -60,6 +60,13 @@ class ModelConfig(ConfigModel):
                 f"head_dim = {self.width_of_head} is odd, but rotary positions turn pairs: make "
                 f"head_dim (or dim / num_heads) even"
             )
+        if self.moe is not None and self.moe.backend != "loop":
+            for key, width in (("dim", self.dim), ("moe.expert_ffn_dim", self.moe.expert_ffn_dim)):
+                if width % 8:
+                    raise ValueError(
+                        f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
+                        f"rows of 16 bytes: change it, or set moe.backend: loop"
+                    )
         if self.family == "gpt2" and (self.kv_heads != self.num_heads or self.qk_norm != "none"):
             raise ValueError(
                 "family = gpt2 has neither num_kv_heads below num_heads nor qk_norm: unset them or "

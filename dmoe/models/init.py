@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dmoe.models.decoder import DecoderLM
 from dmoe.parallel import ParallelDims
@@ -28,29 +28,32 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         std = residual_std if name.endswith(_RESIDUAL_MAPS) else config.init_std
+        owned, rows = _owned(parameter)
         if ".experts." in name:
             assert config.moe is not None
-            first = dims.local_experts(config.moe.num_experts).start + _offset(parameter)
-            for index, expert in enumerate(local):
-                _fill_normal(expert, std, seed, f"{name}.{first + index}")
+            first = dims.local_experts(config.moe.num_experts).start
+            for index, expert in enumerate(range(first + owned.start, first + owned.stop)):
+                full = _normal(parameter.shape[1:], std, seed, f"{name}.{expert}")
+                local[index].copy_(full[rows])
         else:
-            full = torch.empty(parameter.shape, dtype=local.dtype)
-            _fill_normal(full, std, seed, name)
-            local.copy_(full.narrow(0, _offset(parameter), len(local)))
+            local.copy_(_normal(parameter.shape, std, seed, name)[owned, rows])
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def _fill_normal(weight: Tensor, std: float, seed: int, name: str) -> None:
+def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     # Drawn on the host and in float32, so that every device and precision starts from one model.
-    generator = torch_generator(seed, "init", name)
-    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+    return torch.randn(shape, generator=torch_generator(seed, "init", name)) * std
 
 
-def _offset(parameter: Tensor) -> int:
-    """Return where this rank's slice of dim 0 begins; FSDP cuts it as `torch.chunk` does."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    rank, size = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
-    chunk = -(-parameter.shape[0] // size)
-    return min(rank * chunk, parameter.shape[0])
+def _owned(parameter: Tensor) -> tuple[slice, slice]:
+    """Return this rank's part of dims 0 and 1, of which FSDP cuts one as `torch.chunk` does."""
+    parts = [slice(0, size) for size in parameter.shape[:2]]
+    if isinstance(parameter, DTensor):
+        [placement] = parameter.placements
+        assert isinstance(placement, Shard)
+        size, mesh = parameter.shape[placement.dim], parameter.device_mesh
+        chunk = -(-size // mesh.size())
+        start = min(mesh.get_local_rank() * chunk, size)
+        parts[placement.dim] = slice(start, min(start + chunk, size))
+    return parts[0], parts[1]

@@ -59,7 +59,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class MoEContext:
-    """What a layer may know of the micro-batch it works on."""
+    """What a layer may know of the micro-batch it works on; every micro-batch has its own."""
 
     seq_len: int
     """Tokens are whole sequences of this length, one after the other."""

@@ -85,6 +85,7 @@ class ParallelDims:
 
     def local_experts(self, num_experts: int) -> range:
         """Return the global ids of this rank's experts, of `num_experts` in a layer."""
+        assert num_experts % self.ep == 0, f"{num_experts} experts over ep = {self.ep}"
         num_local = num_experts // self.ep
         return range(self.ep_rank * num_local, (self.ep_rank + 1) * num_local)
 

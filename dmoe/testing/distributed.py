@@ -65,7 +65,8 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
             waiting = [rank for rank in range(len(processes)) if rank not in values]
             for rank in waiting:
                 code = processes[rank].exitcode
-                # A rank that ended well may still have its result in the pipe: only a bad exit is final.
+                # A rank that ended well may still have its result in the pipe: only a bad exit is
+                # final.
                 assert code in (None, 0), f"rank {rank} died with exit code {code}"
             assert time.monotonic() < deadline, f"ranks {waiting} did not finish in {timeout} s"
             continue

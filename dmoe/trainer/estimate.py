@@ -19,6 +19,7 @@ from dmoe.models.counts import (
     params_by_kind,
 )
 from dmoe.parallel import ParallelDims
+from dmoe.parallel.placement import expert_shard_dim
 from dmoe.trainer.config import Config
 
 _GIB = 2**30
@@ -164,13 +165,16 @@ class _Weight(NamedTuple):
 
 
 def _place(parameter: ParameterInfo, config: Config, dims: ParallelDims) -> _Weight:
-    """Place a parameter as the native engine does: dim 0 is cut into equal pieces, rounded up."""
-    rows, *rest = parameter.shape
-    is_expert = parameter.kind == "experts"
-    rows, num_owners = (rows // dims.ep, dims.edp) if is_expert else (rows, dims.world_size)
+    """Place a parameter as the native engine does: a dim is cut into equal pieces, rounded up."""
+    shape, num_owners, cut = list(parameter.shape), dims.world_size, 0
+    if parameter.kind == "experts":
+        shape[0] //= dims.ep
+        num_owners = dims.edp
+        cut = expert_shard_dim(shape, num_owners)
+    whole = prod(shape)
     sharded = config.engine.zero_stage > 0 and num_owners > 1
-    share = -(-rows // num_owners) if sharded else rows
-    return _Weight(parameter, rows * prod(rest), share * prod(rest), sharded)
+    share = whole // shape[cut] * -(-shape[cut] // num_owners) if sharded else whole
+    return _Weight(parameter, whole, share, sharded)
 
 
 def _compute_weights(config: Config, weights: list[_Weight]) -> int:

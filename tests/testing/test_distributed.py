@@ -30,7 +30,7 @@ def test_returns_the_value_of_each_rank() -> None:
 
 
 def test_an_exception_names_the_rank_and_the_cause() -> None:
-    with pytest.raises(AssertionError, match="rank 1 failed(.|\n)*had enough"):
+    with pytest.raises(AssertionError, match=r"rank 1 failed(.|\n)*had enough"):
         run_distributed(_fail_on_rank_one, 2)
 
 

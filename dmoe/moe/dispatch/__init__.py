@@ -33,6 +33,8 @@ class Dispatcher(Protocol):
 def build_dispatcher(name: DispatchName, *, num_experts: int, dims: ParallelDims) -> Dispatcher:
     """Build the dispatcher; "auto" is "local" on one rank and "all_to_all" on several.
 
+    An exchange within a group of one rank sends nothing: "all_to_all" is "local" there.
+
     Raises:
         ConfigError: "local" with experts on several ranks.
     """

@@ -30,6 +30,9 @@ class GroupedExperts(nn.Module):
         else:
             self.w_up_EFD = nn.Parameter(torch.empty(num_local, ffn_dim, dim))
         self.w_down_EDF = nn.Parameter(torch.empty(num_local, dim, ffn_dim))
+        # For a layer that is used alone; a model draws its weights from its own seed.
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
 
     def forward(self, rows: Rows, counts_e: Tensor) -> Tensor:
         """Return y_RD, each row already multiplied by its gate."""

@@ -27,6 +27,8 @@ class RouterGate(nn.Module):
     def __init__(self, dim: int, num_experts: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        # For a layer that is used alone; a model draws its weights from its own seed.
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return (T, E) logits."""
