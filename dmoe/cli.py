@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import click
 import torch
 import typer
 import yaml
@@ -248,12 +247,12 @@ def verify(trained: Trained, as_json: AsJson = False) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     try:
-        return int(app(args=argv, standalone_mode=False) or 0)
+        app(args=argv)
+        return 0
+    except SystemExit as end:  # Typer ends every command so, and has shown what was misused
+        return int(end.code or 0)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except click.ClickException as error:
-        error.show()
         return 2
     except (RuntimeError, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)

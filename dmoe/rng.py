@@ -2,7 +2,7 @@
 
 Nothing is drawn from a global generator, so a value does not depend on what was drawn before it,
 on the rank that draws it, or on whether it is drawn a second time under recomputation or after a
-resume. Streams in use: "init", "data", "blend", "router_jitter", "forced_balance", "sample"
+resume. Streams in use: "init", "data", "blend", "router_jitter", "sample"
 (generation).
 """
 

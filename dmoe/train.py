@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dmoe.config import ConfigError, load_config
-from dmoe.data import bigram_baseline
-from dmoe.data.packing import PackedDataset
+from dmoe.data import PackedDataset, bigram_baseline
 from dmoe.evaluation import EvalResult, evaluate_split
 from dmoe.generation import SamplingConfig, generate
 from dmoe.parallel import is_first_process, process_group

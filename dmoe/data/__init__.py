@@ -10,7 +10,7 @@ from dmoe.data.build import build_train_dataset, build_valid_split
 from dmoe.data.config import DataConfig, SourceConfig
 from dmoe.data.evaluation import eval_batches
 from dmoe.data.loader import LoaderState, TrainLoader, check_resume
-from dmoe.data.packing import Dataset
+from dmoe.data.packing import Dataset, PackedDataset
 from dmoe.data.preparation import builtin_store, prepare
 from dmoe.data.store import TokenSplit, TokenStore, open_store, verify_store
 from dmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "Dataset",
     "LoaderState",
     "MicroBatch",
+    "PackedDataset",
     "SourceConfig",
     "TokenSplit",
     "TokenStore",

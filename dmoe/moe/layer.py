@@ -42,7 +42,8 @@ class MoEConfig(ConfigModel):
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
-    """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" its slow twin."""
+    """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" one product an expert;
+    "auto" is "loop" on CPUs, where it is the faster, and "torch" elsewhere."""
 
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> "MoEConfig":
@@ -106,8 +107,8 @@ class MoELayer(nn.Module):
         if self.config.capacity is not None:
             served = apply_capacity(routing, self.config.capacity, context)
         rows, counts_e, handle = self.dispatcher.dispatch(x_TD, served)
-        y_RD = self.experts(rows, counts_e)
-        y_TD = self.dispatcher.combine(y_RD, handle)
+        y_ND = self.experts(rows, counts_e)
+        y_TD = self.dispatcher.combine(y_ND, handle)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         num_served = (served.expert_ids_TK >= 0).sum()

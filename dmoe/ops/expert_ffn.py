@@ -1,6 +1,6 @@
 """The feed-forward network of all experts at once, over rows sorted by expert.
 
-Shapes: N source rows, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
+Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
 The gate weight of a row multiplies the hidden activation, not the output: the product is the same,
 and the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer
-from dmoe.ops.rows import RowMap, gather_loop, sum_rows, take_rows
+from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows
 
 Activation = Literal["swiglu", "gelu", "relu"]
 
@@ -28,23 +28,25 @@ def expert_ffn(
     activation: Activation,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Return y_RD = weights_R * W_down act(W_up x) for each routed row.
+    """Return y_ND: for each source the sum over its rows of weights_R * W_down act(W_up x).
 
-    The rows are read through `rows`, forward and again backward: only `x_ND` and the pre-activation
-    (R, 2F or F) are saved, so a layer of K slots keeps 2ND + 4NKF bytes in bfloat16 (gated).
+    Rows are read and summed through `rows`, forward and backward: only `x_ND` and the
+    pre-activation (R, 2F or F) are saved, so a layer of K slots keeps 2ND + 4NKF bytes in bfloat16
+    (gated), and neither x_RD nor the gradient dy_RD need be written.
 
     Args:
         x_ND: (N, D) source rows.
         rows: the map from routed rows to sources; rows are sorted by expert.
         weights_R: (R,) gate weights, float32 or wider.
         counts_E: (E,) int64 rows of each expert.
-        w_up: (E, 2F, D) gate rows, then up rows, for "swiglu"; else (E, F, D). In `x_ND`'s dtype.
-        w_down_EDF: (E, D, F), in `x_ND`'s dtype.
+        w_up: (E, 2F, D) gate rows, then up rows, for "swiglu"; else (E, F, D). Products are in
+            `x_ND`'s dtype; weights, and so their gradients, may be wider.
+        w_down_EDF: (E, D, F), as `w_up`.
         activation: "swiglu", or "gelu" (tanh form, as in GPT-2) or "relu" without a gate.
-        backend: which grouped GEMM; "loop" is its twin.
+        backend: which grouped GEMM.
 
     Returns:
-        (R, D) rows in `x_ND`'s dtype.
+        (N, D) in `x_ND`'s dtype; zero for a source without rows.
     """
     return _ExpertFFN.apply(x_ND, weights_R, w_up, w_down_EDF, rows, counts_E, activation, backend)
 
@@ -72,7 +74,7 @@ def expert_ffn_loop(
         else:
             hidden = F.relu(hidden)
         outputs.append(F.linear(hidden, w_down_EDF[expert]))
-    return (torch.cat(outputs) * weights_R[:, None]).to(x_ND.dtype)
+    return gather_sum_loop((torch.cat(outputs) * weights_R[:, None]).to(x_ND.dtype), rows)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -88,23 +90,30 @@ class _ExpertFFN(torch.autograd.Function):
         activation: Activation,
         backend: Backend,
     ) -> Tensor:
-        z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend=backend)
+        z_RH = grouped_mm(
+            x_ND, w_up.transpose(1, 2), counts_E, index_R=rows.index_R, backend=backend
+        )
         a_RF = _activate(z_RH, activation).mul_(weights_R[:, None])
         y_RD = grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E, backend=backend)
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *rows)
         ctx.activation, ctx.backend = activation, backend
-        return y_RD
+        return sum_rows(y_RD, rows)
 
     @staticmethod
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *row_tensors = ctx.saved_tensors
         rows, backend = RowMap(*row_tensors), ctx.backend
-        # An expanded gradient (of a sum, say) has strides that grouped GEMMs refuse.
-        dy_RD = dy_RD.contiguous()
-        da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend=backend)
+        index_R = rows.index_R
+        # The gradient of a sum is expanded: every row of it the same memory.
+        dy_ND = dy_ND.contiguous()
+        da_RF = grouped_mm(dy_ND, w_down_EDF, counts_E, index_R=index_R, backend=backend)
         a_RF, dz_RH, dweights_R = _activate_backward(z_RH, da_RF, weights_R, ctx.activation)
-        dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend=backend)
-        dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend=backend)
+        dw_down_EDF = grouped_outer(
+            dy_ND, a_RF, counts_E, a_index_R=index_R, dtype=w_down_EDF.dtype, backend=backend
+        )
+        dw_up = grouped_outer(
+            dz_RH, x_ND, counts_E, b_index_R=index_R, dtype=w_up.dtype, backend=backend
+        )
         dx_ND = None
         if ctx.needs_input_grad[0]:
             dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E, backend=backend), rows)

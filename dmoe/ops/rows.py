@@ -53,9 +53,7 @@ def gather_loop(x_ND: Tensor, rows: RowMap) -> Tensor:
 
 def gather_sum_loop(y_RD: Tensor, rows: RowMap) -> Tensor:
     """Define `gather_sum`, one row at a time."""
-    sums = [torch.zeros_like(y_RD[0]) if len(y_RD) else y_RD.new_zeros(y_RD.shape[1:])] * (
-        len(rows.offsets_N1) - 1
-    )
+    sums = [y_RD[:0].sum(0)] * (len(rows.offsets_N1) - 1)
     for row, source in enumerate(rows.index_R.tolist()):
         sums[source] = sums[source] + y_RD[row]
     return torch.stack(sums)

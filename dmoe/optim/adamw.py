@@ -1,6 +1,6 @@
 """AdamW (arXiv 1711.05101) over the parameters of a model, with decay on matrices only."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from dmoe.config.base import ConfigModel
 from dmoe.optim.schedule import ScheduleConfig
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class OptimConfig(ConfigModel):
     """The optimizer, its schedule and gradient clipping."""
@@ -17,7 +19,7 @@ class OptimConfig(ConfigModel):
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-3
     """Full learning rate, which the schedule scales."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the first and second moment, each in [0, 1)."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""

@@ -21,6 +21,7 @@ from dmoe.data import (
     load_tokenizer,
 )
 from dmoe.engine import NativeEngine
+from dmoe.ops import resolve_backend
 from dmoe.parallel import ParallelDims
 from dmoe.trainer.config import Config
 from dmoe.trainer.journal import Journal
@@ -94,7 +95,7 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         )
         journal = Journal(config, rank=dims.rank, step=progress.step)
         stack.callback(journal.close)
-        _introduce(config, dims, journal, parts)
+        _introduce(config, dims, device, journal, parts)
         trainer = Trainer(
             config, engine=engine, loader=loader, checkpoints=checkpoints, progress=progress
         )
@@ -135,11 +136,18 @@ def _check_model(saved: dict[str, Any], config: Config) -> None:
 
 
 def _introduce(
-    config: Config, dims: ParallelDims, journal: Journal, parts: dict[str, Any] | None
+    config: Config,
+    dims: ParallelDims,
+    device: torch.device,
+    journal: Journal,
+    parts: dict[str, Any] | None,
 ) -> None:
     """Print the layout, and where a resumed run stands."""
     moe = config.model.moe
     journal.message(dims.describe(moe.num_experts if moe else 0))
+    if moe is not None and moe.backend == "auto":
+        backend = resolve_backend(moe.backend, device)
+        journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:
         return
     steps = config.train.steps

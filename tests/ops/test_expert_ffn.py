@@ -11,7 +11,13 @@ CASES = list(
     itertools.product(
         ["swiglu", "gelu", "relu"],
         [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [1, 1, 1, 1]],  # rows of each expert
-        [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)],
+        # dtypes of rows and weights, and the error they make
+        [
+            (torch.float64, torch.float64, 1e-12),
+            (torch.float32, torch.float32, 1e-5),
+            (torch.bfloat16, torch.bfloat16, 1e-2),
+            (torch.bfloat16, torch.float32, 1e-2),
+        ],
     )
 )
 
@@ -19,7 +25,7 @@ CASES = list(
 @pytest.mark.parametrize("backend", ["torch", "loop"])
 @pytest.mark.parametrize(("activation", "counts", "precision"), CASES)
 def test_equals_the_loop(activation, counts, precision, backend) -> None:
-    dtype, tolerance = precision
+    dtype, weight_dtype, tolerance = precision
     torch.manual_seed(0)
     num_sources, dim, ffn_dim, num_rows = 6, 16, 8, sum(counts)
     rows = RowMap.from_index(torch.randint(num_sources, (num_rows,)), num_sources)
@@ -31,11 +37,11 @@ def test_equals_the_loop(activation, counts, precision, backend) -> None:
         (len(counts), width, dim),
         (len(counts), dim, ffn_dim),
     ]
-    dtypes = [dtype, wide, dtype, dtype]
+    dtypes = [dtype, wide, weight_dtype, weight_dtype]
     inputs = [
         torch.randn(s, dtype=torch.float64).to(d) for s, d in zip(shapes, dtypes, strict=True)
     ]
-    dy = torch.randn(num_rows, dim, dtype=torch.float64).to(dtype)
+    dy = torch.randn(num_sources, dim, dtype=torch.float64).to(dtype)
 
     def run(fn, tensors, **options):
         leaves = [t.clone().requires_grad_() for t in tensors]
@@ -48,6 +54,7 @@ def test_equals_the_loop(activation, counts, precision, backend) -> None:
 
     actual = run(expert_ffn, inputs, backend=backend)
     expected = run(expert_ffn_loop, [t.double() for t in inputs])
+    assert [t.dtype for t in actual] == [dtype, *dtypes]
     for got, want in zip(actual, expected, strict=True):
         error = (got.double() - want).norm()
         assert error <= tolerance * want.norm()

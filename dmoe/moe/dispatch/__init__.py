@@ -1,6 +1,6 @@
 """Dispatchers: bring each token's row to its experts and the results back.
 
-`dispatch(x_TD, routing) -> (rows, counts_e, handle)` and `combine(y_RD, handle) -> y_TD`; stateless
+`dispatch(x_TD, routing) -> (rows, counts_e, handle)` and `combine(y_ND, handle) -> y_TD`; stateless
 between the two but for the handle.
 """
 
@@ -25,8 +25,8 @@ class Dispatcher(Protocol):
         """Return rows sorted by local expert, (e,) counts and a handle."""
         ...
 
-    def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
-        """Return (T, D): the sum of each token's rows."""
+    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
+        """Return y_TD from what the experts made of each source row."""
         ...
 
 

@@ -22,8 +22,6 @@ class AllToAllHandle(NamedTuple):
 
     sent: RowMap
     """From the rows this rank sent to its tokens."""
-    received: RowMap
-    """From the rows sorted by local expert to the rows as they arrived."""
     send_counts: list[int]
     """Rows sent to each rank of the group."""
     receive_counts: list[int]
@@ -44,18 +42,17 @@ class AllToAllDispatcher:
         received_Pe = self._exchange_counts(counts_E)
         send_counts = counts_E.view(-1, self.num_local).sum(1).tolist()
         receive_counts = received_Pe.sum(1).tolist()
-        weights_R = routing.weights_TK.flatten()[slots_R]
+        weights_R = routing.weights_TK.flatten().index_select(0, slots_R)
         x_ND = all_to_all_rows(gather(x_TD, sent), send_counts, receive_counts, self.group)
         weights_N = all_to_all_rows(weights_R, send_counts, receive_counts, self.group)
 
         received = self._sort_received(received_Pe)
-        rows = Rows(x_ND, received, weights_N[received.index_R])
-        handle = AllToAllHandle(sent, received, send_counts, receive_counts)
+        rows = Rows(x_ND, received, weights_N.index_select(0, received.index_R))
+        handle = AllToAllHandle(sent, send_counts, receive_counts)
         return rows, received_Pe.sum(0), handle
 
-    def combine(self, y_RD: Tensor, handle: AllToAllHandle) -> Tensor:
+    def combine(self, y_ND: Tensor, handle: AllToAllHandle) -> Tensor:
         """Return y_TD, the sum of each token's rows; zero for a token without any."""
-        y_ND = gather_sum(y_RD, handle.received)
         y_SD = all_to_all_rows(y_ND, handle.receive_counts, handle.send_counts, self.group)
         return gather_sum(y_SD, handle.sent)
 

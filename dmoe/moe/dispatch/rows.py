@@ -17,7 +17,8 @@ class Rows(NamedTuple):
     """The routed rows x_RD, sorted by local expert, not yet gathered.
 
     Experts that read their input through the map never write x_RD nor save it for backward; others
-    call `gather`. Experts multiply their output by the gates, which come along for the same reason.
+    call `gather` and `gather_sum`. They return y_ND: for each source the sum of its rows' outputs
+    times their gates, which come along for the same reason.
     """
 
     x_ND: Tensor

@@ -1,4 +1,4 @@
-"""Experts: `experts(rows, counts_e) -> y_RD`, rows sorted by local expert, gates applied."""
+"""Experts: `experts(rows, counts_e) -> y_ND`, each source's rows times their gates, summed."""
 
 from dmoe.moe.experts.feed_forward import FeedForward
 from dmoe.moe.experts.grouped import GroupedExperts

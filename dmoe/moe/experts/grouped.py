@@ -35,16 +35,15 @@ class GroupedExperts(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, rows: Rows, counts_e: Tensor) -> Tensor:
-        """Return y_RD, each row already multiplied by its gate."""
-        dtype = rows.x_ND.dtype
+        """Return y_ND, for each source the sum of its rows' outputs times their gates."""
         w_up = self.w_gate_up_E2FD if self.activation == "swiglu" else self.w_up_EFD
         return expert_ffn(
             rows.x_ND,
             rows.map,
             rows.weights_R,
             counts_e,
-            w_up.to(dtype),
-            self.w_down_EDF.to(dtype),
+            w_up,
+            self.w_down_EDF,
             activation=self.activation,
             backend=self.backend,
         )

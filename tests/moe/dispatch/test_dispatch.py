@@ -18,6 +18,7 @@ from dmoe.moe.dispatch import (
     build_dispatcher,
 )
 from dmoe.moe.routing import make_routing
+from dmoe.ops import gather_sum
 from dmoe.parallel import ParallelDims
 from dmoe.testing import run_distributed
 
@@ -58,7 +59,8 @@ def leaves_of(num_tokens: int) -> tuple[Tensor, ...]:
 
 def run_experts(rows: Rows, counts_e: Tensor, scale_eD: Tensor) -> Tensor:
     expert_R = torch.arange(len(counts_e)).repeat_interleave(counts_e)
-    return torch.tanh(scale_eD[expert_R] * rows.gather()) * rows.weights_R[:, None]
+    y_RD = torch.tanh(scale_eD[expert_R] * rows.gather()) * rows.weights_R[:, None]
+    return gather_sum(y_RD, rows.map)
 
 
 def forward_backward(
