@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow lint clean
 
 train: $(VENV)/.ready  ## train the quickstart model on two processes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m dmoe.train configs/quickstart.yaml $(ARGS)

@@ -47,7 +47,8 @@ def summarise(run: Run) -> None:
     """Say what came out: held-out loss, a baseline, a sample, and where everything is."""
     config, say = run.config, run.journal.message
     loss = run.trainer.progress.eval_loss
-    assert loss is not None, "the last step is always evaluated"
+    if loss is None:  # a run that was cut to fewer steps than it had made
+        loss = measure(run).loss
     bits = run.valid.bits_per_byte(loss)
     say(f"held-out loss: {loss:.4f} nats a token" + (f" = {bits:.4f} bits a byte" if bits else ""))
     if config.data.tokenizer == "bytes" and isinstance(run.dataset, PackedDataset):

@@ -12,15 +12,25 @@ from dmoe.cli import main
 from dmoe.config import load_config
 from dmoe.data import prepare
 from dmoe.metrics import METRICS, MOE_STATISTICS
+from dmoe.models.counts import num_active_params, num_params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What makes any run of the README a matter of a second, in one process.
-SMALL = (
-    "parallel.ep=1 model.dim=16 model.num_layers=1 model.ffn_dim=16 model.moe.expert_ffn_dim=8"
-    " train.steps=2 train.seq_len=32 train.global_batch_size=2 train.micro_batch_size=2"
-    " eval.sample_tokens=2 metrics.tensorboard=false data.sources.0.path=data/mine"
-).split()
+SMALL = [
+    "parallel.ep=1",
+    "model.dim=16",
+    "model.num_layers=1",
+    "model.ffn_dim=16",
+    "model.moe.expert_ffn_dim=8",
+    "data.sources.0.path=data/mine",
+    "train.steps=2",
+    "train.seq_len=32",
+    "train.global_batch_size=2",
+    "train.micro_batch_size=2",
+    "eval.sample_tokens=2",
+    "metrics.tensorboard=false",
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -101,7 +111,7 @@ def test_torchrun_commands_name_configs_that_load(
 @pytest.mark.parametrize("verb", re.findall(r"^\| `dmoe ([a-z ]+[a-z])", README, re.MULTILINE))
 def test_verbs_exist(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb.split(), "--help"]) == 0
-    assert f"Usage: dmoe {verb}" in capsys.readouterr().out
+    assert f" {verb} [OPTIONS]" in capsys.readouterr().out
 
 
 def test_make_targets_exist() -> None:
@@ -117,6 +127,18 @@ def test_snippets_run(number: int, workplace: Path, monkeypatch: pytest.MonkeyPa
     script = workplace / f"snippet_{number}.py"
     script.write_text(blocks("python")[number])
     runpy.run_path(str(script))
+
+
+def test_the_configs_have_the_parameters_of_the_table() -> None:
+    rows = re.findall(
+        r"^\| `(configs/\w+\.yaml)` \| ([\d.,]+) \| ([\d.,]+) \|", README, re.MULTILINE
+    )
+    paths = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")}
+    assert {path for path, _, _ in rows} == paths - {"configs/base_large.yaml"}
+    for path, total, active in rows:
+        model = load_config(ROOT / path).model
+        counted = (num_params(model), num_active_params(model))
+        assert (total, active) == tuple(f"{count / 1e6:,.1f}" for count in counted), path
 
 
 def test_all_metrics_are_named() -> None:

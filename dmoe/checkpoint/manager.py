@@ -46,7 +46,7 @@ class CheckpointConfig(ConfigModel):
     """Write in the background, from a copy of the state in host memory."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues from the run's latest intact checkpoint if it has any, `must` fails without
-    one, `never` starts anew."""
+    one, `never` starts anew, in a run folder that has none."""
     resume_from: Path | None = None
     """A checkpoint folder to start from where the run has none of its own."""
 

@@ -20,6 +20,7 @@ class ModelConfig(ConfigModel):
     dim: PositiveInt = 256
     """Model width D."""
     num_layers: PositiveInt = 4
+    """Blocks of attention and feed-forward network."""
     num_heads: PositiveInt = 4
     """Query heads."""
     num_kv_heads: PositiveInt | None = None

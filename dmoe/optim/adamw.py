@@ -17,6 +17,7 @@ class OptimConfig(ConfigModel):
     """The optimizer, its schedule and gradient clipping."""
 
     name: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay."""
     lr: PositiveFloat = 1e-3
     """Full learning rate, which the schedule scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -37,7 +37,7 @@ class Journal:
         self.jsonl.truncate_after(step)
         if config.metrics.tensorboard:
             log_dir = self.folder / "tensorboard"
-            self.tensorboard = TensorBoardWriter(log_dir, purge_step=step + 1 if step else None)
+            self.tensorboard = TensorBoardWriter(log_dir, purge_step=step + 1)
             tree = config_tree(config)
             self.tensorboard.text("config", yaml.safe_dump(tree, sort_keys=False), step)
             self.hparams = flatten_tree(tree)

@@ -30,25 +30,10 @@ TWO_RANKS: list[Sections] = [
 FOUR_RANKS: list[Sections] = [{"engine": {"zero_stage": 3}, "parallel": {"ep": 2}}]
 
 
-def _merged(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    base = {
-        "engine": {"precision": "fp64"},
-        "train": {
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "seq_len": 32,
-            "max_skipped_steps": 2,
-        },
-        "checkpoint": {"every": SAVE_EVERY, "keep_last": 9},
-    }
-    return {name: {**base.get(name, {}), **section} for name, section in sections.items()}
-
-
 def _straight_and_resumed(store: Path, folder: Path, sections: dict[str, Any]) -> None:
     """Compare on every rank; one interruption is right after a save, one is two steps later."""
-    straight = run_tiny(tiny_config(store, folder / "straight", **_merged(sections)))
-    config = tiny_config(store, folder / "resumed", **_merged(sections))
+    straight = run_tiny(tiny_config(store, folder / "straight", **sections))
+    config = tiny_config(store, folder / "resumed", **sections)
     first, _ = run_tiny(config, die_after=SAVE_EVERY + 2)
     second, state = run_tiny(config)
     assert list(second) == list(range(SAVE_EVERY + 1, STEPS + 1))
@@ -74,7 +59,7 @@ def test_resume_on_several_ranks_too(layouts, token_store, tmp_path) -> None:
 
 
 def _train(store: Path, folder: Path, sections: dict[str, Any], die_after: int | None) -> Any:
-    rows, state = run_tiny(tiny_config(store, folder, **_merged(sections)), die_after)
+    rows, state = run_tiny(tiny_config(store, folder, **sections), die_after)
     return rows, {name: tensor.numpy() for name, tensor in state.items()}
 
 

@@ -19,6 +19,7 @@ class ForcedBalanceConfig(ConfigModel):
     """Perfect balance by construction, for measuring speed."""
 
     name: Literal["forced_balance"]
+    """Equal load whatever the tokens are."""
     top_k: PositiveInt = 2
     """Experts per token."""
 

@@ -23,6 +23,7 @@ class TopKConfig(ConfigModel):
     """Each token goes to its `top_k` best experts."""
 
     name: Literal["top_k"] = "top_k"
+    """Token-choice top-k routing."""
     top_k: PositiveInt = 2
     """Experts per token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
