@@ -16,7 +16,13 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from dmoe.checkpoint import LoadedModel, inspect_checkpoint, load_model, verify_checkpoint
+from dmoe.checkpoint import (
+    CheckpointError,
+    LoadedModel,
+    inspect_checkpoint,
+    load_model,
+    verify_checkpoint,
+)
 from dmoe.checkpoint.model import find_checkpoint
 from dmoe.config import ConfigError, ConfigModel, config_schema, config_tree, load_config
 from dmoe.data import build_valid_split, load_tokenizer, prepare
@@ -262,7 +268,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(trained: Path) -> tuple[LoadedModel, Config]:
     """Load a model in the precision it was trained in, and the configuration of its run."""
     folder = find_checkpoint(trained)
-    config = Config.model_validate(inspect_checkpoint(folder).metadata.parts["config"])
+    try:
+        config = Config.model_validate(inspect_checkpoint(folder).metadata.parts["config"])
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{folder} is damaged or of another version of dmoe (see dmoe checkpoint verify): its "
+            f"configuration is not valid: {error}"
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = COMPUTE_DTYPES[config.engine.precision]
     return load_model(folder, device=device, compute_dtype=dtype), config

@@ -124,6 +124,18 @@ def read_latest(root: Path) -> int | None:
     return int(match[1])
 
 
+def latest_step(root: Path) -> int | None:
+    """Return the step of the last published checkpoint, or None where there is none.
+
+    Raises:
+        CorruptCheckpointError: as `read_latest`.
+    """
+    step = read_latest(root)
+    if step is None:  # the very first save was killed just before it wrote the pointer
+        step = max(saved_steps(root), default=None)
+    return step
+
+
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dmoe.checkpoint.commit import (
     commit,
     discard,
+    latest_step,
     read_latest,
     recover,
     saved_steps,
@@ -144,9 +145,7 @@ class CheckpointManager:
         Raises:
             CorruptCheckpointError: the `latest` file does not hold the name of a step folder.
         """
-        step = read_latest(self.root)
-        if step is None:  # the very first save was killed just before it wrote the pointer
-            step = max(saved_steps(self.root), default=None)
+        step = latest_step(self.root)
         return None if step is None else self.root / step_name(step)
 
     def best(self) -> Path | None:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dmoe.checkpoint.commit import read_latest
-from dmoe.checkpoint.manager import load_checkpoint
-from dmoe.checkpoint.manifest import step_name
+from dmoe.checkpoint.commit import latest_step
+from dmoe.checkpoint.manifest import step_name, verify
 from dmoe.checkpoint.metadata import read_metadata
+from dmoe.checkpoint.storage import load_tensors
 from dmoe.config.base import ConfigError
 from dmoe.models import DecoderLM, ModelConfig, build_model
 
@@ -47,14 +47,15 @@ def load_model(
         CorruptCheckpointError: it is damaged; the message names the file.
     """
     folder = find_checkpoint(Path(path))
-    config: dict[str, Any] = read_metadata(folder).parts["config"]
+    # First of all, so that nothing below believes a damaged file.
+    verify(folder)
+    metadata = read_metadata(folder)
+    config: dict[str, Any] = metadata.parts["config"]
     model = build_model(
         ModelConfig.model_validate(config["model"]), device="meta", compute_dtype=compute_dtype
     )
     model.to_empty(device=device)
-    metadata = load_checkpoint(
-        folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    )
+    load_tensors({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, folder)
     return LoadedModel(model.eval(), config, metadata.step, folder)
 
 
@@ -67,7 +68,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     for root in (path / "checkpoints", path):
-        step = read_latest(root) if root.is_dir() else None
+        step = latest_step(root) if root.is_dir() else None
         if step is not None:
             return root / step_name(step)
     raise ConfigError(

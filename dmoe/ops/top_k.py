@@ -25,6 +25,6 @@ def _pack(scores_TE: Tensor) -> Tensor:
     # Adding zero makes -0.0 equal to 0.0, as it is for a comparison of floats.
     bits = (scores_TE.float() + 0.0).view(torch.int32)
     # IEEE floats order as integers once the lower bits of negative ones are flipped.
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     last = torch.arange(num_experts - 1, -1, -1, device=scores_TE.device)
-    return ordered.long() * 2**32 + last
+    return ordered.long().mul_(2**32).add_(last)

@@ -1,13 +1,14 @@
 """Builds a run from its configuration: data, engine, checkpoints, and the state it resumes from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from dmoe.checkpoint import CheckpointManager
+from dmoe.checkpoint import CheckpointError, CheckpointManager
+from dmoe.checkpoint.ranks import Ranks
 from dmoe.config import ConfigError, config_tree, diff_trees
 from dmoe.data import (
     Dataset,
@@ -27,6 +28,8 @@ from dmoe.trainer.config import Config
 from dmoe.trainer.journal import Journal
 from dmoe.trainer.loop import Trainer
 from dmoe.trainer.progress import Progress
+
+T = TypeVar("T")
 
 # Model keys that a resumed run may change: they act on training, not on what the weights mean.
 _FREE_MODEL_KEYS = (
@@ -66,9 +69,15 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
     train, seed, vocab_size = config.train, config.run.seed, config.model.vocab_size
     readers = {"rank": dims.rank, "world": dims.world_size}
     tokenizer = load_tokenizer(config.data.tokenizer)
-    valid = build_valid_split(config.data, vocab_size=vocab_size, **readers)
-    dataset = build_train_dataset(
-        config.data, seq_len=train.seq_len, vocab_size=vocab_size, seed=seed, **readers
+    valid, dataset = _on_every_rank(
+        "opening the data",
+        lambda: (
+            build_valid_split(config.data, vocab_size=vocab_size, **readers),
+            build_train_dataset(
+                config.data, seq_len=train.seq_len, vocab_size=vocab_size, seed=seed, **readers
+            ),
+        ),
+        dims,
     )
     engine = NativeEngine(
         config.engine,
@@ -104,6 +113,14 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         except BaseException as error:
             journal.status("failed", progress.step, error=f"{type(error).__name__}: {error}")
             raise
+
+
+def _on_every_rank(what: str, action: Callable[[], T], dims: ParallelDims) -> T:
+    """Call `action`, and raise on every rank what it raises on any: rank 0 tells the user."""
+    try:
+        return Ranks(dims.world_group).run(what, action)
+    except CheckpointError as error:
+        raise error.__cause__ or ConfigError(str(error)) from None
 
 
 def _resume(

@@ -131,13 +131,22 @@ def evaluation_leaves_no_trace(stage: int) -> None:
 
 
 def on_two_ranks() -> None:
-    bf16_beside_fp32(stages=(0, 2, 3), ep=2)
-    for stage in (2, 3):
-        evaluation_leaves_no_trace(stage)
+    bf16_beside_fp32(stages=(2,), ep=2)
+    evaluation_leaves_no_trace(stage=2)
 
 
 def test_precision_and_evaluation_on_sharded_parameters() -> None:
     run_distributed(on_two_ranks, 2)
+
+
+def on_two_ranks_at_stage_3() -> None:
+    bf16_beside_fp32(stages=(0, 3), ep=2)
+    evaluation_leaves_no_trace(stage=3)
+
+
+@pytest.mark.slow
+def test_precision_and_evaluation_at_stage_3() -> None:
+    run_distributed(on_two_ranks_at_stage_3, 2)
 
 
 def compiled_equals_eager(**config: Any) -> None:

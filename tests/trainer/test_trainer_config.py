@@ -8,6 +8,7 @@ import yaml
 from dmoe.config import ConfigError, load_config
 from dmoe.trainer.config import Config
 
+
 def load_text(folder: Path, text: str) -> Config:
     (folder / "run.yaml").write_text(text)
     return load_config(folder / "run.yaml")
@@ -66,7 +67,9 @@ def test_a_conflict_says_both_numbers_the_key_and_the_place(case: str, tmp_path:
 
 def test_a_conflict_from_the_command_line_names_it(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("train: {seq_len: 64}\n")
-    with pytest.raises(ConfigError, match=r"command line: train\.global_batch_size=33.* = 33 .* = 8"):
+    with pytest.raises(
+        ConfigError, match=r"command line: train\.global_batch_size=33.* = 33 .* = 8"
+    ):
         load_config(tmp_path / "run.yaml", ["train.global_batch_size=33"])
 
 
@@ -76,7 +79,9 @@ def test_the_defaults_agree_with_each_other() -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/", "new\nline"])
 def test_a_run_name_is_one_folder(name: str) -> None:
-    with pytest.raises(ValueError, match=r"not the name of one folder; put its parent into run\.dir"):
+    with pytest.raises(
+        ValueError, match=r"not the name of one folder; put its parent into run\.dir"
+    ):
         Config.model_validate({"run": {"name": name}})
 
 

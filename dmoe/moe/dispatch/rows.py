@@ -5,7 +5,6 @@ Shapes: N source rows, R routed rows, T tokens, E experts, K slots per token, D 
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dmoe.moe.routing import count_slots
@@ -45,8 +44,6 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, RowMap,
     counts_E = count_slots(expert_ids_TK, num_experts)
     num_rows = int(counts_E.sum())
     slots_R = ids.masked_fill(~used, num_experts).int().argsort(stable=True)[:num_rows]
-    row_of_slot = torch.empty_like(ids)
-    row_of_slot[slots_R] = torch.arange(num_rows, device=ids.device)
     offsets_T1 = offsets_of(used.view_as(expert_ids_TK).sum(1))
-    rows = RowMap(slots_R // top_k, row_of_slot[used], offsets_T1)
+    rows = RowMap(slots_R // top_k, slots_R.int().argsort(), offsets_T1)
     return slots_R, rows, counts_E

@@ -1,0 +1,174 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard, status.json, config.yaml."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import poison
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import InterruptedTrainingError, Watch, tiny_config
+
+from dmoe.config import load_config
+from dmoe.metrics.jsonl import read_metrics
+from dmoe.metrics.names import tensorboard_scalars
+from dmoe.train import measure
+from dmoe.trainer.build import open_run
+from dmoe.trainer.callbacks import Evaluate, LogMetrics, SaveCheckpoints, TellStatus
+from dmoe.trainer.config import Config
+from dmoe.trainer.loop import Callback, Trainer
+from dmoe.trainer.step import StepRecord
+
+CPU = torch.device("cpu")
+TRAINING_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "skipped"}
+SKIPPED_STEP = 3
+
+
+class PoisonOneStep(Callback):
+    """Makes the loss of one step NaN."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if trainer.progress.step == SKIPPED_STEP - 1:
+            self.bad = poison.loss(trainer.engine)
+            self.bad.__enter__()
+        elif trainer.progress.step == SKIPPED_STEP:
+            self.bad.__exit__(None, None, None)
+
+
+def run_config(store: Path, folder: Path, **metrics: Any) -> Config:
+    common = {"log_every": 1, "heatmap_every": 3, "peak_flops": 1e12, "tensorboard": True}
+    evaluation = {"every": 3, "max_batches": 1}
+    return tiny_config(store, folder, metrics={**common, **metrics}, eval=evaluation)
+
+
+def train(config: Config, *others: Callback) -> None:
+    """Train with everything that `dmoe.train` attaches, and `others` last."""
+    with open_run(config, CPU) as run:
+        callbacks = [
+            TellStatus(run.journal),
+            LogMetrics(config, run.journal, device=CPU, world_size=1),
+            Evaluate(config, run.journal, lambda max_batches: measure(run, max_batches)),
+            SaveCheckpoints(),
+        ]
+        run.trainer.fit([*callbacks, *others])
+
+
+def die(config: Config, after: int) -> None:
+    with pytest.raises(InterruptedTrainingError):
+        train(config, Watch(die_after=after))
+
+
+def status(config: Config) -> dict[str, Any]:
+    return json.loads((config.run.folder / "status.json").read_text())
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    return read_metrics(config.run.folder / "metrics.jsonl")
+
+
+def events(config: Config) -> EventAccumulator:
+    accumulator = EventAccumulator(str(config.run.folder / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    clocks = ("tokens_per_second", "step_seconds", "data_seconds", "mfu_active")
+    return {key: value for key, value in row.items() if key not in clocks}
+
+
+def test_rows_and_curves_of_a_run_with_a_skipped_step(token_store: Path, tmp_path: Path) -> None:
+    config = run_config(token_store, tmp_path, moe="detailed")
+    train(config, PoisonOneStep())
+    training = [row for row in rows(config) if "loss" in row]
+    evaluations = [row for row in rows(config) if "eval_loss" in row]
+
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    for row in training:
+        assert row.keys() >= TRAINING_KEYS
+        assert row.keys() >= {"aux_loss", "moe/load_cv_mean", "moe/layer_1/entropy", "mfu_active"}
+        assert row["moe/bias_absmax_max"] <= 0.06
+    assert [row["skipped"] for row in training] == [0, 0, 1, 1, 1, 1]
+    assert training[2]["loss"] is None
+    assert {"loss", "grad_norm"} <= set(training[2]["non_finite"])
+    assert training[3]["lr"] == training[2]["lr"]
+    assert all(math.isfinite(row["loss"]) for row in training if row["step"] != SKIPPED_STEP)
+
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert all(row.keys() == {"step", "eval_loss", "eval_bits_per_byte"} for row in evaluations)
+
+    seen = events(config)
+    for row in [training[-1], evaluations[-1]]:
+        for name, value in tensorboard_scalars(row).items():
+            last = seen.Scalars(name)[-1]
+            assert (last.step, last.value) == (row["step"], pytest.approx(value, rel=1e-5))
+    skipped = {event.step: event.value for event in seen.Scalars("train/skipped")}
+    assert skipped == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert [image.step for image in seen.Images("moe/load")] == [3, 6]
+
+
+def test_a_resumed_run_records_what_a_straight_one_does(token_store: Path, tmp_path: Path) -> None:
+    straight = run_config(token_store, tmp_path / "straight")
+    train(straight)
+    resumed = run_config(token_store, tmp_path / "resumed")
+    die(resumed, after=2)  # before the first checkpoint: all is done again
+    die(resumed, after=5)
+    train(resumed)
+    assert [*map(without_times, rows(resumed))] == [*map(without_times, rows(straight))]
+    curves = [
+        [(event.step, event.value) for event in events(config).Scalars("train/loss")]
+        for config in (straight, resumed)
+    ]
+    assert [step for step, _ in curves[1]] == [1, 2, 3, 4, 5, 6]
+    assert curves[0] == curves[1]
+
+
+def test_rows_come_as_often_as_asked_and_at_the_end(token_store: Path, tmp_path: Path) -> None:
+    config = run_config(token_store, tmp_path, log_every=4, tensorboard=False)
+    train(config)
+    assert [row["step"] for row in rows(config) if "loss" in row] == [4, 6]
+    assert not (config.run.folder / "tensorboard").exists()
+
+
+def test_status_tells_running_failed_and_finished(token_store: Path, tmp_path: Path) -> None:
+    config = run_config(token_store, tmp_path, tensorboard=False)
+    seen: list[tuple[str, int]] = []
+
+    class Look(Callback):
+        def on_start(self, trainer: Trainer) -> None:
+            self.look()
+
+        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+            self.look()
+
+        def look(self) -> None:
+            now = status(config)
+            seen.append((now["state"], now["step"]))
+
+    with pytest.raises(InterruptedTrainingError):
+        train(config, Look(), Watch(die_after=2))
+    assert seen == [("running", 0), ("running", 1), ("running", 2)]
+    failed = status(config)
+    assert (failed["state"], failed["step"]) == ("failed", 2)
+    assert "InterruptedTrainingError" in failed["error"]
+    train(config)
+    assert (status(config)["state"], status(config)["step"]) == ("finished", 6)
+    assert "error" not in status(config)
+
+
+def test_the_saved_config_is_the_one_of_the_run(token_store: Path, tmp_path: Path) -> None:
+    config = run_config(token_store, tmp_path)
+    with open_run(config, CPU):
+        pass
+    assert load_config(config.run.folder / "config.yaml") == config
+
+
+def test_the_last_checkpoint_knows_its_held_out_loss(token_store: Path, tmp_path: Path) -> None:
+    config = run_config(token_store, tmp_path, tensorboard=False)
+    train(config)
+    last = [row for row in rows(config) if "eval_loss" in row][-1]
+    with open_run(config, CPU) as run:
+        assert run.trainer.progress.eval_loss == last["eval_loss"]
+        assert run.trainer.checkpoints.best() is not None
