@@ -4,6 +4,7 @@ With --json, the result is the only thing on stdout. Exit status: 0 good, 1 fail
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,9 +27,9 @@ from dmoe.checkpoint import (
 from dmoe.checkpoint.model import find_checkpoint
 from dmoe.config import ConfigError, ConfigModel, config_schema, config_tree, load_config
 from dmoe.data import build_valid_split, load_tokenizer, prepare
-from dmoe.engine.base import COMPUTE_DTYPES
 from dmoe.evaluation import evaluate_split
 from dmoe.generation import SamplingConfig, generate
+from dmoe.metrics.console import printable
 from dmoe.train import train as run_training
 from dmoe.trainer.config import Config
 from dmoe.trainer.doctor import doctor, render
@@ -85,6 +86,8 @@ def evaluate(
         mask_documents=config.data.mask_documents,
         max_batches=max_batches,
     )
+    if not math.isfinite(result.loss):
+        raise RuntimeError(f"the held-out loss is {result.loss}: the weights are damaged")
     row = {
         "step": loaded.step,
         "k": config.model.moe.router.top_k if config.model.moe else None,
@@ -124,7 +127,7 @@ def generate_text(
     prompts = prompt or [sys.stdin.read()]
     results = generate(loaded.model, load_tokenizer(config.data.tokenizer), prompts, sampling)
     rows = [{"prompt": p, **asdict(r)} for p, r in zip(prompts, results, strict=True)]
-    _show(rows, as_json, lambda: [print(row["prompt"] + row["text"]) for row in rows])
+    _show(rows, as_json, lambda: [print(printable(row["prompt"] + row["text"])) for row in rows])
 
 
 @app.command("estimate")
@@ -267,17 +270,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(trained: Path) -> tuple[LoadedModel, Config]:
     """Load a model in the precision it was trained in, and the configuration of its run."""
-    folder = find_checkpoint(trained)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        config = Config.model_validate(inspect_checkpoint(folder).metadata.parts["config"])
+        loaded = load_model(trained, device=device)
+        return loaded, Config.model_validate(loaded.config)
     except ValidationError as error:
         raise CheckpointError(
-            f"{folder} is damaged or of another version of dmoe (see dmoe checkpoint verify): its "
-            f"configuration is not valid: {error}"
+            f"{trained} was saved by another version of dmoe: its configuration is not valid "
+            f"here: {error}"
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = COMPUTE_DTYPES[config.engine.precision]
-    return load_model(folder, device=device, compute_dtype=dtype), config
 
 
 def _validated(section: type[Section], **values: Any) -> Section:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dmoe.cli import main
+from dmoe.metrics.console import printable
 
 STEPS = 4
 
@@ -101,7 +102,7 @@ def test_generate_continues_each_prompt(run: Path) -> None:
     [alone] = dmoe("generate", run, "--prompt", "two ", *options, "--json").json()
     assert alone["text"] == rows[1]["text"]
     shown = dmoe("generate", run, "--prompt", "one", *options)
-    assert shown.out == f"one{rows[0]['text']}\n"
+    assert shown.out == printable(f"one{rows[0]['text']}\n"), "control characters are escaped"
 
 
 def test_generate_reads_standard_input(run: Path) -> None:

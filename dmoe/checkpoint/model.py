@@ -14,6 +14,7 @@ from dmoe.checkpoint.metadata import read_metadata
 from dmoe.checkpoint.storage import load_tensors
 from dmoe.config.base import ConfigError
 from dmoe.models import DecoderLM, ModelConfig, build_model
+from dmoe.models.precision import COMPUTE_DTYPES
 
 
 class LoadedModel(NamedTuple):
@@ -33,14 +34,14 @@ def load_model(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Verify a checkpoint and load its model, whatever layout it was trained on.
 
     Args:
         path: a checkpoint folder, or a run folder, of which the latest checkpoint is taken.
         device: where the model is to be.
-        compute_dtype: of activations and products.
+        compute_dtype: of activations and products; None for that of the run.
 
     Raises:
         ConfigError: there is no checkpoint at `path`.
@@ -52,7 +53,9 @@ def load_model(
     metadata = read_metadata(folder)
     config: dict[str, Any] = metadata.parts["config"]
     model = build_model(
-        ModelConfig.model_validate(config["model"]), device="meta", compute_dtype=compute_dtype
+        ModelConfig.model_validate(config["model"]),
+        device="meta",
+        compute_dtype=compute_dtype or COMPUTE_DTYPES[config["engine"]["precision"]],
     )
     model.to_empty(device=device)
     load_tensors({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, folder)

@@ -7,22 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dmoe.config.base import ConfigModel
 from dmoe.data import MicroBatch
 from dmoe.models import DecoderLM
-
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-
-COMPUTE_DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+from dmoe.models.precision import Precision
 
 
 class EngineConfig(ConfigModel):

@@ -14,12 +14,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dmoe.data import MicroBatch
-from dmoe.engine.base import COMPUTE_DTYPES, EngineConfig, StepPosition, StepResult
+from dmoe.engine.base import EngineConfig, StepPosition, StepResult
 from dmoe.engine.loss_scale import LossScale
 from dmoe.engine.reduce import all_reduce_coalesced, global_norm
 from dmoe.engine.tally import Tally
 from dmoe.models import DecoderLM, ModelConfig, ModelInputs, Recompute, build_model, init_weights
 from dmoe.models.decoder import lm_loss, valid_tokens
+from dmoe.models.precision import COMPUTE_DTYPES
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.optim import OptimConfig, build_optimizer
 from dmoe.parallel import ParallelDims, all_reduce_sum

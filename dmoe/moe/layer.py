@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from dmoe.config.base import ConfigModel
+from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.dispatch import DispatchName, build_dispatcher
 from dmoe.moe.experts import FeedForward, GroupedExperts
@@ -48,9 +48,10 @@ class MoEConfig(ConfigModel):
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> "MoEConfig":
         if self.router.top_k > self.num_experts:
-            raise ValueError(
+            raise ConfigError(
                 f"router.top_k = {self.router.top_k} is more than num_experts = "
-                f"{self.num_experts}: a token has that many experts at most; change either key"
+                f"{self.num_experts}: a token has that many experts at most; change either key",
+                key="router.top_k",
             )
         return self
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from dmoe.checkpoint import CheckpointError, CheckpointManager
 from dmoe.checkpoint.ranks import Ranks
@@ -64,8 +65,8 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
     Raises:
         ConfigError: data, layout or checkpoint do not fit the configuration.
     """
+    config.check_world(dist.get_world_size() if dist.is_initialized() else 1)
     dims = ParallelDims.create(ep=config.parallel.ep, device_type=device.type)
-    config.check_world(dims.world_size)
     train, seed, vocab_size = config.train, config.run.seed, config.model.vocab_size
     readers = {"rank": dims.rank, "world": dims.world_size}
     tokenizer = load_tokenizer(config.data.tokenizer)

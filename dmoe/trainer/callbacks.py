@@ -100,7 +100,9 @@ class Evaluate(Callback):
             return
         with trainer.throughput.paused():
             held_out = self.measure(None if trainer.done else self.config.eval.max_batches)
-        trainer.progress.eval_loss = held_out.loss
+        # A checkpoint cannot be the best for a loss that is not a number.
+        finite = math.isfinite(held_out.loss)
+        trainer.progress.eval_loss = held_out.loss if finite else None
         row = {"step": trainer.progress.step, "eval_loss": held_out.loss}
         if held_out.bits_per_byte is not None:
             row["eval_bits_per_byte"] = held_out.bits_per_byte
@@ -148,4 +150,4 @@ def _known_peak(config: Config, device: torch.device) -> float | None:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)

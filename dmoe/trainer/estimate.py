@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from rich.table import Column, Table
 
-from dmoe.engine.base import COMPUTE_DTYPES
 from dmoe.models.counts import (
     ParameterInfo,
     activations,
@@ -18,6 +17,7 @@ from dmoe.models.counts import (
     parameters,
     params_by_kind,
 )
+from dmoe.models.precision import COMPUTE_DTYPES
 from dmoe.parallel import ParallelDims
 from dmoe.parallel.placement import expert_shard_dim
 from dmoe.trainer.config import Config

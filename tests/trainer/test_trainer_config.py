@@ -40,8 +40,8 @@ CONFLICTS = {
     "top_k": (
         "model:\n  moe:\n    num_experts: 4\n    expert_ffn_dim: 8\n"
         "    router: {name: top_k, top_k: 5}\n",
-        2,
-        "model.moe",
+        5,
+        "model.moe.router.top_k",
         ["router.top_k = 5", "num_experts = 4"],
     ),
     "name": (
