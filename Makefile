@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: train test test-slow lint clean
 
-train: $(VENV)/.ready  ## train the quickstart model on two processes
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m dmoe.train configs/quickstart.yaml $(ARGS)
+train: $(VENV)/.ready  ## train the quickstart model on two processes of the CPU
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m dmoe.train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.ready lint  ## the quick suite: CPU only, a few minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)

@@ -13,23 +13,22 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
 from dmoe.checkpoint import (
-    CheckpointError,
     LoadedModel,
+    find_checkpoint,
     inspect_checkpoint,
     load_model,
     verify_checkpoint,
 )
-from dmoe.checkpoint.model import find_checkpoint
-from dmoe.config import ConfigError, ConfigModel, config_schema, config_tree, load_config
+from dmoe.config import ConfigError, ConfigModel, config_schema, config_tree, dump_yaml, load_config
 from dmoe.data import build_valid_split, load_tokenizer, prepare
 from dmoe.evaluation import evaluate_split
 from dmoe.generation import SamplingConfig, generate
 from dmoe.metrics.console import printable
+from dmoe.train import exit_status
 from dmoe.train import train as run_training
 from dmoe.trainer.config import Config
 from dmoe.trainer.doctor import doctor, render
@@ -71,13 +70,14 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command("eval")
 def evaluate(
     trained: Trained,
+    overrides: Overrides = None,
     max_batches: Annotated[
         int | None, typer.Option(min=1, help="Micro-batches to read; all if not given.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on the held-out split."""
-    loaded, config = _load(trained)
+    """Measure loss, perplexity and bits per byte on the held-out split, or on data.valid=..."""
+    loaded, config = _load(trained, overrides or ())
     result = evaluate_split(
         loaded.model,
         build_valid_split(config.data, vocab_size=config.model.vocab_size),
@@ -87,7 +87,7 @@ def evaluate(
         max_batches=max_batches,
     )
     if not math.isfinite(result.loss):
-        raise RuntimeError(f"the held-out loss is {result.loss}: the weights are damaged")
+        raise FloatingPointError(f"the held-out loss is {result.loss}: the weights are damaged")
     row = {
         "step": loaded.step,
         "k": config.model.moe.router.top_k if config.model.moe else None,
@@ -174,7 +174,7 @@ def show_config(
     if world is not None:
         checked.check_world(world)
     tree = config_tree(checked)
-    _show(tree, as_json, lambda: print(yaml.safe_dump(tree, sort_keys=False), end=""))
+    _show(tree, as_json, lambda: print(dump_yaml(tree), end=""))
 
 
 @config_app.command("schema")
@@ -255,30 +255,22 @@ def verify(trained: Trained, as_json: AsJson = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    try:
-        app(args=argv)
+
+    def run() -> int:
+        try:
+            app(args=argv)
+        except SystemExit as end:  # Typer ends every command so, and has shown what was misused
+            return int(end.code or 0)
         return 0
-    except SystemExit as end:  # Typer ends every command so, and has shown what was misused
-        return int(end.code or 0)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+
+    return exit_status(run)
 
 
-def _load(trained: Path) -> tuple[LoadedModel, Config]:
+def _load(trained: Path, overrides: Sequence[str] = ()) -> tuple[LoadedModel, Config]:
     """Load a model in the precision it was trained in, and the configuration of its run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        loaded = load_model(trained, device=device)
-        return loaded, Config.model_validate(loaded.config)
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{trained} was saved by another version of dmoe: its configuration is not valid "
-            f"here: {error}"
-        ) from error
+    loaded = load_model(trained, device=device)
+    return loaded, load_config(loaded.path / "config.yaml", overrides)
 
 
 def _validated(section: type[Section], **values: Any) -> Section:

@@ -92,7 +92,7 @@ def test_trains_says_what_came_out_and_is_not_trained_twice(
     check_output(done.stdout, tmp_path / "tiny")
     assert finished(tmp_path / "tiny")
     names = {path.name for path in (tmp_path / "tiny").iterdir()}
-    files = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "status.json"}
+    files = {".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "status.json"}
     assert names == files
 
     metrics = (tmp_path / "tiny" / "metrics.jsonl").read_text()

@@ -5,10 +5,11 @@ folder, `manifest` knows what belongs in it, `storage` writes the tensors, `meta
 `retention` says what is deleted.
 """
 
+from dmoe.checkpoint.commit import find_checkpoint
 from dmoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint, verify_checkpoint
 from dmoe.checkpoint.manager import CheckpointConfig, CheckpointManager, load_checkpoint
 from dmoe.checkpoint.manifest import CorruptCheckpointError, Problem
-from dmoe.checkpoint.model import LoadedModel, find_checkpoint, load_model
+from dmoe.checkpoint.model import LoadedModel, load_model
 from dmoe.checkpoint.ranks import CheckpointError
 
 __all__ = [

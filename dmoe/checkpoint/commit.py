@@ -22,6 +22,7 @@ from dmoe.checkpoint.manifest import (
     step_name,
 )
 from dmoe.checkpoint.ranks import ALONE, Ranks
+from dmoe.config.base import ConfigError
 
 _LATEST = "latest"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -134,6 +135,24 @@ def latest_step(root: Path) -> int | None:
     if step is None:  # the very first save was killed just before it wrote the pointer
         step = max(saved_steps(root), default=None)
     return step
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that a user means by a checkpoint or a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        step = latest_step(root) if root.is_dir() else None
+        if step is not None:
+            return root / step_name(step)
+    raise ConfigError(
+        f"{path} is neither a checkpoint folder nor a run folder with checkpoints: give "
+        f"runs/NAME, or runs/NAME/checkpoints/step_00000100"
+    )
 
 
 def _make_empty(folder: Path) -> None:

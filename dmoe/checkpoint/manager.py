@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dmoe.checkpoint.commit import (
     commit,
     discard,
+    find_checkpoint,
     latest_step,
     read_latest,
     recover,
@@ -49,7 +50,16 @@ class CheckpointConfig(ConfigModel):
     """`auto` continues from the run's latest intact checkpoint if it has any, `must` fails without
     one, `never` starts anew, in a run folder that has none."""
     resume_from: Path | None = None
-    """A checkpoint folder to start from where the run has none of its own."""
+    """A run or checkpoint folder to start from where the run has none of its own."""
+
+    @model_validator(mode="after")
+    def _resumes_or_not(self) -> "CheckpointConfig":
+        if self.resume == "never" and self.resume_from is not None:
+            raise ConfigError(
+                f"resume = never, but resume_from = {self.resume_from}: unset one of them",
+                key="resume_from",
+            )
+        return self
 
 
 class CheckpointManager:
@@ -191,9 +201,12 @@ class CheckpointManager:
         """
         if self._config.resume == "never":
             return None
-        candidates = self._ranks.share(
-            "listing checkpoints", lambda: [str(path) for path in self._candidates()]
-        )
+        try:
+            candidates = self._ranks.share(
+                "listing checkpoints", lambda: [str(path) for path in self._candidates()]
+            )
+        except CheckpointError as error:
+            raise error.__cause__ if isinstance(error.__cause__, ConfigError) else error from None
         if not candidates:
             if self._config.resume == "must":
                 raise ConfigError(
@@ -209,8 +222,8 @@ class CheckpointManager:
                 damage.append(str(error))
                 self._warn("cannot resume: %s; trying the checkpoint before it", error)
         raise CheckpointError(
-            f"no checkpoint to resume from is intact: {'; '.join(damage)}; restore one, or set "
-            "checkpoint.resume=never to start anew"
+            f"no checkpoint to resume from is intact: {'; '.join(damage)}; restore one, or "
+            "take another run.name to start anew"
         )
 
     def _candidates(self) -> list[Path]:
@@ -226,7 +239,7 @@ class CheckpointManager:
         else:
             steps = [*(step for step in saved if step < pointed), pointed]
         if not steps and self._config.resume_from is not None:
-            return [self._config.resume_from]
+            return [find_checkpoint(self._config.resume_from)]
         return [self.root / step_name(step) for step in reversed(steps)]
 
     def _write(

@@ -12,6 +12,7 @@ import yaml
 
 from dmoe.checkpoint.manifest import CorruptCheckpointError
 from dmoe.checkpoint.ranks import CheckpointError
+from dmoe.config import dump_yaml
 
 METADATA = "metadata.json"
 CONFIG = "config.yaml"
@@ -36,7 +37,7 @@ def encode_documents(metadata: Metadata, config_tree: dict[str, Any]) -> dict[st
     """
     try:
         text = json.dumps(asdict(metadata), indent=1, allow_nan=False)
-        config = yaml.safe_dump(config_tree, sort_keys=False, allow_unicode=True)
+        config = dump_yaml(config_tree)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"state that cannot be saved as JSON or YAML: {error}") from error
     return {METADATA: text.encode(), CONFIG: config.encode()}

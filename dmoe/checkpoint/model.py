@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dmoe.checkpoint.commit import latest_step
-from dmoe.checkpoint.manifest import step_name, verify
+from dmoe.checkpoint.commit import find_checkpoint
+from dmoe.checkpoint.manifest import verify
 from dmoe.checkpoint.metadata import read_metadata
 from dmoe.checkpoint.storage import load_tensors
-from dmoe.config.base import ConfigError
 from dmoe.models import DecoderLM, ModelConfig, build_model
 from dmoe.models.precision import COMPUTE_DTYPES
 
@@ -60,21 +59,3 @@ def load_model(
     model.to_empty(device=device)
     load_tensors({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, folder)
     return LoadedModel(model.eval(), config, metadata.step, folder)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder that a user means by a checkpoint or a run folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if (path / "manifest.json").is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        step = latest_step(root) if root.is_dir() else None
-        if step is not None:
-            return root / step_name(step)
-    raise ConfigError(
-        f"{path} is neither a checkpoint folder nor a run folder with checkpoints: give "
-        f"runs/NAME, or runs/NAME/checkpoints/step_00000100"
-    )

@@ -5,6 +5,7 @@ from dmoe.config.export import (
     config_schema,
     config_tree,
     diff_trees,
+    dump_yaml,
     flatten_tree,
     save_config,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "config_schema",
     "config_tree",
     "diff_trees",
+    "dump_yaml",
     "flatten_tree",
     "load_config",
     "save_config",

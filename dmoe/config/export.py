@@ -18,10 +18,14 @@ def config_tree(config: ConfigModel) -> Tree:
     return config.model_dump(mode="json")
 
 
+def dump_yaml(tree: Tree) -> str:
+    """Return a config tree as YAML that `load_config` reads back equal."""
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: ConfigModel, path: str | Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back to an equal object."""
-    text = yaml.dump(config_tree(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    write_atomically(Path(path), text)
+    write_atomically(Path(path), dump_yaml(config_tree(config)))
 
 
 def config_schema(schema: type[ConfigModel] | None = None) -> Tree:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pydantic import Field
 from torch import Tensor
 
 from dmoe.config.base import ConfigModel
@@ -27,7 +26,7 @@ class EngineConfig(ConfigModel):
     precision: Precision = "fp32"
     """Of activations and products. Master weights, gradients and optimizer state are float32; fp64,
     for proofs, is float64 throughout."""
-    compile: bool = Field(default=False)
+    compile: bool = False
     """Compile attention, norms and dense feed-forward layers with `torch.compile`."""
 
 
@@ -90,10 +89,10 @@ class Engine(Protocol):
         """
         ...
 
-    def parts(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Return the numbers that belong to the state."""
         ...
 
-    def load_parts(self, parts: dict[str, float]) -> None:
-        """Take back what `parts` returned; call after `state` has been filled."""
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """Take back what `scalars` returned; call after `state` has been filled."""
         ...

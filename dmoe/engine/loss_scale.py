@@ -27,10 +27,12 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps."""
+        if not self.enabled:
+            return {}
         return {"loss_scale": self.value, "loss_scale_good_steps": self.good_steps}
 
     def load(self, state: dict[str, float]) -> None:
-        """Take back what `state` returned, if this precision scales at all."""
-        if self.enabled:
+        """Take back what `state` returned, if both then and now the precision scales at all."""
+        if self.enabled and "loss_scale" in state:
             self.value = state["loss_scale"]
             self.good_steps = int(state["loss_scale_good_steps"])

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dmoe.data import MicroBatch
 from dmoe.engine.base import EngineConfig, StepPosition, StepResult
+from dmoe.engine.gradients import Gradients, all_reduce_coalesced
 from dmoe.engine.loss_scale import LossScale
-from dmoe.engine.reduce import all_reduce_coalesced, global_norm
 from dmoe.engine.tally import Tally
 from dmoe.models import DecoderLM, ModelConfig, ModelInputs, Recompute, build_model, init_weights
-from dmoe.models.decoder import lm_loss, valid_tokens
+from dmoe.models.decoder import is_expert, lm_loss, valid_tokens
 from dmoe.models.precision import COMPUTE_DTYPES
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.optim import OptimConfig, build_optimizer
@@ -52,12 +52,12 @@ class NativeEngine:
         init_weights(self.model, seed=seed, dims=dims)
         self.optimizer = build_optimizer(self.model, optim)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
-        self.aux_weights = [layer.loss_weights() for layer in self.model.moe_layers]
+        self.aux_weights = model.moe.losses.weights() if model.moe else {}
 
     def forward_backward(self, batches: Sequence[MicroBatch], position: StepPosition) -> StepResult:
         """Compute the gradients of the global batch, of which `batches` are this rank's share."""
-        batches = [batch.to(self.device) for batch in batches]
         totals = self._totals(batches, position)
+        batches = [batch.to(self.device) for batch in batches]
         counts_LE = self._count_beforehand(batches, position)
         tally = Tally(self.model.config)
         for batch in batches:
@@ -65,8 +65,8 @@ class NativeEngine:
             output = self.model(_inputs(batch), context, recompute=self.recompute)
             loss = lm_loss(output.logits, batch.labels_BS) / totals.num_targets
             objective = loss
-            for layer, weights in zip(output.moe, self.aux_weights, strict=True):
-                for name, weight in weights.items():
+            for layer in output.moe:
+                for name, weight in self.aux_weights.items():
                     objective = objective + weight * layer.losses[name]
             (objective * self.loss_scale.value).backward()
             tally.add(loss, output.moe)
@@ -75,18 +75,13 @@ class NativeEngine:
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a global norm of `max_norm` (0: do not); return the norm."""
-        gradients = [
-            (p.grad, is_expert(name))
-            for name, p in self.model.named_parameters()
-            if p.grad is not None
-        ]
-        norm = global_norm(gradients, self.dims) / self.loss_scale.value
+        gradients = Gradients.of(self.model, self.dims)
+        norm = gradients.global_norm() / self.loss_scale.value
         factor = 1 / self.loss_scale.value
         if max_norm and norm > max_norm:
             factor *= max_norm / norm
         if factor != 1:
-            for gradient, _ in gradients:
-                gradient.mul_(factor)
+            gradients.scale(factor)
         return norm
 
     def step(self, lr: float, counts_LE: Tensor) -> None:
@@ -118,16 +113,16 @@ class NativeEngine:
                 state[f"optimizer.{key}.{name}"] = self._global(name, moments[key])
         return state
 
-    def parts(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """Return the numbers that belong to the state."""
         moments = next(iter(self.optimizer.state.values()))
         return {"optimizer_steps": moments["step"].item(), **self.loss_scale.state()}
 
-    def load_parts(self, parts: dict[str, float]) -> None:
-        """Take back what `parts` returned; call after `state` has been filled."""
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """Take back what `scalars` returned; call after `state` has been filled."""
         for moments in self.optimizer.state.values():
-            moments["step"].fill_(parts["optimizer_steps"])
-        self.loss_scale.load(parts)
+            moments["step"].fill_(scalars["optimizer_steps"])
+        self.loss_scale.load(scalars)
 
     def _totals(self, batches: Sequence[MicroBatch], position: StepPosition) -> BatchTotals:
         sizes = torch.tensor(
@@ -156,12 +151,7 @@ class NativeEngine:
         gradients counts first, so that accumulation does not change the loss.
         """
         moe = self.model.config.moe
-        if (
-            moe is None
-            or len(batches) == 1
-            or not moe.losses.load_balance_weight
-            or moe.losses.load_balance_scope != "global_batch"
-        ):
+        if moe is None or not moe.losses.needs_global_counts or len(batches) == 1:
             return None
         counts_LE = torch.zeros(
             len(self.model.moe_layers), moe.num_experts, dtype=torch.int64, device=self.device
@@ -170,7 +160,7 @@ class NativeEngine:
         for batch in batches:
             # Any counts do: the losses of this pass are not used.
             context = _context(batch, position, totals, counts_LE)
-            output = self.model(_inputs(batch), context)
+            output = self.model(_inputs(batch), context, last_only=True)
             counts_LE += torch.stack([layer.stats.counts_E for layer in output.moe])
         return all_reduce_sum(counts_LE, self.dims.world_group)
 
@@ -203,11 +193,6 @@ class NativeEngine:
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
         )
-
-
-def is_expert(name: str) -> bool:
-    """Say whether a parameter of this name belongs to the routed experts, which ep divides."""
-    return ".experts." in name
 
 
 def _inputs(batch: MicroBatch) -> ModelInputs:
@@ -255,8 +240,17 @@ def _shard(model: DecoderLM, config: EngineConfig, dims: ParallelDims, dtype: to
                 mp_policy=policy,
                 shard_placement_fn=lambda p: Shard(expert_shard_dim(p.shape, dims.edp)),
             )
-    for module in [*model.layers, model]:
-        shard(module, mesh=dims.dense_mesh, mp_policy=policy, ignored_params=ignored)
+    for block in model.blocks:
+        shard(block, mesh=dims.dense_mesh, mp_policy=policy, ignored_params=ignored)
+    # The rest is used at both ends of the pass, so it stays gathered; and in float32, in which the
+    # gradients of a frequent token's embedding add up (in bfloat16 they soon cease to).
+    fully_shard(
+        model,
+        mesh=dims.dense_mesh,
+        mp_policy=exact,
+        ignored_params=ignored,
+        reshard_after_forward=False,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

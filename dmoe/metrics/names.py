@@ -38,6 +38,7 @@ METRICS = (
     Metric("step_seconds", "perf/step_s", "mean seconds a step"),
     Metric("data_seconds", "perf/data_s", "mean seconds a step spent waiting for data"),
     Metric("eval_loss", "eval/loss", "held-out cross-entropy; nats a token"),
+    Metric("memory_gib", "mem/peak_gib", "peak memory of rank 0, of its GPU if it has one; GiB"),
     Metric("eval_bits_per_byte", "eval/bits_per_byte", "held-out cross-entropy; bits a byte"),
 )
 

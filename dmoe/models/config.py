@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from dmoe.config.base import ConfigModel
 from dmoe.moe import MoEConfig
@@ -42,7 +42,7 @@ class ModelConfig(ConfigModel):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; maps back to the residual stream get it divided by
     sqrt(2 num_layers) (GPT-2)."""
-    moe: MoEConfig | None = Field(default=None)
+    moe: MoEConfig | None = None
     """Mixture-of-Experts layers; null for a dense model."""
 
     @model_validator(mode="after")
@@ -68,6 +68,12 @@ class ModelConfig(ConfigModel):
                         f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
                         f"rows of 16 bytes: change it, or set moe.backend: loop"
                     )
+        if self.moe is not None and not self.moe_layers:
+            raise ValueError(
+                f"none of the num_layers = {self.num_layers} layers is a MoE layer with moe.every "
+                f"= {self.moe.every} and moe.num_dense_layers = {self.moe.num_dense_layers}: lower "
+                f"these, or set moe: null"
+            )
         if self.family == "gpt2" and (self.kv_heads != self.num_heads or self.qk_norm != "none"):
             raise ValueError(
                 "family = gpt2 has neither num_kv_heads below num_heads nor qk_norm: unset them or "

@@ -198,6 +198,11 @@ class DecoderLM(nn.Module):
         return cast(list[Block], list(self.layers))
 
 
+def is_expert(name: str) -> bool:
+    """Say whether a parameter of this name belongs to the routed experts, which ep divides."""
+    return ".experts." in name
+
+
 def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the cross-entropies in nats, in float32 at least.
 

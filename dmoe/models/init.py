@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from dmoe.models.decoder import DecoderLM
+from dmoe.models.decoder import DecoderLM, is_expert
 from dmoe.parallel import ParallelDims
 from dmoe.rng import torch_generator
 
@@ -29,7 +29,7 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
             continue
         std = residual_std if name.endswith(_RESIDUAL_MAPS) else config.init_std
         owned, rows = _owned(parameter)
-        if ".experts." in name:
+        if is_expert(name):
             assert config.moe is not None
             first = dims.local_experts(config.moe.num_experts).start
             for index, expert in enumerate(range(first + owned.start, first + owned.stop)):

@@ -117,29 +117,25 @@ class MoELayer(nn.Module):
 
     def losses(self, routing: Routing, context: MoEContext) -> dict[str, Tensor]:
         """Return the auxiliary losses that have a weight; none outside training."""
-        weights = self.loss_weights()
+        config = self.config.losses
+        weights = config.weights()
         losses: dict[str, Tensor] = {}
         if context.totals is None:
             return losses
         if "load_balance" in weights:
-            scope = self.config.losses.load_balance_scope
             losses["load_balance"] = load_balance_loss(
                 routing,
                 context.totals,
-                scope=scope,
+                scope=config.load_balance_scope,
                 seq_len=context.seq_len,
                 valid_T=context.valid_T,
-                counts_E=self._global_counts(routing, context) if scope == "global_batch" else None,
+                counts_E=self._global_counts(routing, context)
+                if config.needs_global_counts
+                else None,
             )
         if "z" in weights:
             losses["z"] = z_loss(routing.logits_TE, context.totals, context.valid_T)
         return losses
-
-    def loss_weights(self) -> dict[str, float]:
-        """Return the weight of each auxiliary loss in the training loss, without the zeros."""
-        config = self.config.losses
-        weights = {"load_balance": config.load_balance_weight, "z": config.z_loss_weight}
-        return {name: weight for name, weight in weights.items() if weight}
 
     def end_step(self, counts_E: Tensor) -> None:
         """Let the router adapt to a training step's slots per expert over the global batch."""

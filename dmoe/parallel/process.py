@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dmoe.config.base import ConfigError
+
 
 def is_first_process() -> bool:
     """Say whether this process is the one of its job that speaks to the user."""
@@ -22,9 +24,22 @@ def process_group(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
 
     Args:
         timeout_seconds: how long a collective waits for the other ranks before it fails.
+
+    Raises:
+        ConfigError: more processes than GPUs.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        num_local, num_devices = (
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            torch.cuda.device_count(),
+        )
+        if num_local > num_devices:
+            raise ConfigError(
+                f"{num_local} processes on a machine with {num_devices} GPUs: start as many as "
+                f"there are GPUs (torchrun --nproc-per-node {num_devices}), or set "
+                f"CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     # torchrun sets these; a lone process has no one to meet.

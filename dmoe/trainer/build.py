@@ -1,5 +1,7 @@
 """Builds a run from its configuration: data, engine, checkpoints, and the state it resumes from."""
 
+import fcntl
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -90,6 +92,7 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         recompute=train.recompute,
     )
     with ExitStack() as stack:
+        _on_every_rank("locking", lambda: dims.rank or stack.enter_context(_lock(config)), dims)
         checkpoints = CheckpointManager(config.run.folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         parts = _resume(config, checkpoints, engine, dataset)
@@ -113,7 +116,25 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
             yield Run(config, dims, tokenizer, dataset, valid, trainer, journal)
         except BaseException as error:
             journal.status("failed", progress.step, error=f"{type(error).__name__}: {error}")
+            if dims.rank:  # what only this rank has seen would go unsaid
+                print(f"rank {dims.rank}: {error}", file=sys.stderr)
             raise
+
+
+@contextmanager
+def _lock(config: Config) -> Iterator[None]:
+    """Keep other processes out of the run folder, until this one ends in whatever way."""
+    config.run.folder.mkdir(parents=True, exist_ok=True)
+    with (config.run.folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {config.run.folder}: wait for it, or choose "
+                f"another run.name",
+                key="run.name",
+            ) from None
+        yield
 
 
 def _on_every_rank(what: str, action: Callable[[], T], dims: ParallelDims) -> T:
@@ -140,7 +161,7 @@ def _resume(
 
     parts = checkpoints.resume(engine.state(), check)
     if parts is not None:
-        engine.load_parts(parts["optimizer"])
+        engine.load_scalars(parts["optimizer"])
     return parts
 
 

@@ -1,6 +1,7 @@
 """What happens beside the steps: metrics, evaluation, checkpoints, status."""
 
 import math
+import resource
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -46,6 +47,7 @@ class LogMetrics(Callback):
             "tokens_per_second": window.tokens_per_second,
             "step_seconds": window.step_seconds,
             "data_seconds": window.data_seconds,
+            "memory_gib": _peak_memory() / 2**30,
         }
         if self.peak:
             row["mfu_active"] = window.mfu(self.flops_per_token, self.peak * self.world_size)
@@ -83,7 +85,7 @@ class HeldOut(Protocol):
 
 
 class Evaluate(Callback):
-    """Measures the held-out loss every `eval.every` steps, and on the whole split at the end.
+    """Measures the held-out loss every `eval.every` steps and at the last one.
 
     Args:
         config: of the run.
@@ -99,11 +101,16 @@ class Evaluate(Callback):
         if not trainer.due(self.config.eval.every):
             return
         with trainer.throughput.paused():
-            held_out = self.measure(None if trainer.done else self.config.eval.max_batches)
+            held_out = self.measure(self.config.eval.max_batches)
         # A checkpoint cannot be the best for a loss that is not a number.
         finite = math.isfinite(held_out.loss)
         trainer.progress.eval_loss = held_out.loss if finite else None
-        row = {"step": trainer.progress.step, "eval_loss": held_out.loss}
+        moe = self.config.model.moe
+        row: dict[str, Any] = {
+            "step": trainer.progress.step,
+            "eval_loss": held_out.loss,
+            "k": moe.router.top_k if moe else None,
+        }
         if held_out.bits_per_byte is not None:
             row["eval_bits_per_byte"] = held_out.bits_per_byte
         self.journal.row(row)
@@ -141,6 +148,13 @@ class TellStatus(Callback):
 
 
 _AUX_KEYS = {"load_balance": "aux_loss", "z": "z_loss"}
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process has used, on its GPU if it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _known_peak(config: Config, device: torch.device) -> float | None:

@@ -75,11 +75,12 @@ class EvalConfig(ConfigModel):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0 for the end only."""
     max_batches: PositiveInt | None = None
-    """Micro-batches of an evaluation during training; the one at the end reads the whole split."""
-    prompt: str = "def "
+    """Micro-batches of an evaluation during training, which also decides which checkpoint is best;
+    null for the whole split, which is measured once more at the end in any case."""
+    prompt: str = Field(default="def ", min_length=1)
     """Start of the sample that is generated at the end of training."""
     sample_tokens: NonNegativeInt = 200
-    """Tokens of that sample; 0 for none."""
+    """Tokens of that sample at most, as `model.max_seq_len` ends it too; 0 for none."""
 
 
 class MetricsConfig(ConfigModel):
@@ -127,6 +128,12 @@ class Config(ConfigModel):
                 key="train.seq_len",
             )
         if moe is None:
+            if self.parallel.ep > 1:
+                raise ConfigError(
+                    f"parallel.ep = {self.parallel.ep}, but the model has no experts: set "
+                    f"parallel.ep to 1, or add model.moe",
+                    key="parallel.ep",
+                )
             return self
         if moe.num_experts % self.parallel.ep:
             raise ConfigError(

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
-from dmoe.config import config_tree, flatten_tree, save_config
+from dmoe.config import config_tree, dump_yaml, flatten_tree, save_config
 from dmoe.config.files import write_atomically
 from dmoe.metrics import Console, JsonlWriter, TensorBoardWriter, tensorboard_scalars
+from dmoe.metrics.moe_stats import relative_load
 from dmoe.trainer.config import Config
 
 
@@ -39,7 +39,7 @@ class Journal:
             log_dir = self.folder / "tensorboard"
             self.tensorboard = TensorBoardWriter(log_dir, purge_step=step + 1)
             tree = config_tree(config)
-            self.tensorboard.text("config", yaml.safe_dump(tree, sort_keys=False), step)
+            self.tensorboard.text("config", dump_yaml(tree), step)
             self.hparams = flatten_tree(tree)
 
     def message(self, text: str) -> None:
@@ -51,14 +51,18 @@ class Journal:
         if self.jsonl is not None:
             self.jsonl.write(row)
         if self.tensorboard is not None:
-            self.tensorboard.scalars(row["step"], tensorboard_scalars(row))
+            # A run's own evaluations are one curve, whatever the number of experts that they use.
+            curves = {key: value for key, value in row.items() if key != "k"}
+            self.tensorboard.scalars(row["step"], tensorboard_scalars(curves))
             self.tensorboard.flush()
         self.console.row(row)
 
     def heatmap(self, step: int, counts_LE: Tensor) -> None:
-        """Record the load of every expert as an image."""
+        """Record the load of every expert as an image and as a distribution."""
         if self.tensorboard is not None:
-            self.tensorboard.heatmap(step, "moe/load", counts_LE.numpy())
+            counts = counts_LE.numpy()
+            self.tensorboard.heatmap(step, "moe/load", counts)
+            self.tensorboard.histogram(step, "moe/relative_load", relative_load(counts))
 
     def status(self, state: str, step: int, **details: Any) -> None:
         """Say in status.json what the run is doing, for whoever watches it from outside."""

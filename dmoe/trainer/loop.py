@@ -68,7 +68,7 @@ class Trainer:
         """Save a checkpoint of this moment; the last one is waited for."""
         parts = {
             "config": config_tree(self.config),
-            "optimizer": self.engine.parts(),
+            "optimizer": self.engine.scalars(),
             "schedule": {"optimizer_steps": self.progress.optimizer_steps},
             "data": self.loader.state().model_dump(mode="json"),
             "rng": {"seed": self.config.run.seed},

@@ -33,10 +33,12 @@ def find_non_finite(engine: Engine, batches: Sequence[MicroBatch], position: Ste
         return hook
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
-    engine.skip()
-    engine.forward_backward(batches, position)
-    for hook in hooks:
-        hook.remove()
+    try:
+        engine.skip()
+        engine.forward_backward(batches, position)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if bad_parameters:
         return f"parameter {bad_parameters[0]} is not finite"
     if bad_outputs:

@@ -11,7 +11,7 @@ class Progress:
     step: int = 0
     """Steps done, skipped ones too."""
     tokens: int = 0
-    """Tokens trained on, without padding."""
+    """Tokens seen, those of skipped steps too, without padding."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0

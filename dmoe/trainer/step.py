@@ -53,10 +53,10 @@ def train_step(
     else:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        if progress.skipped_in_a_row == train.max_skipped_steps:
+        if progress.skipped_in_a_row >= train.max_skipped_steps:
             raise NonFiniteError(
                 f"the loss ({result.loss}) or gradient norm ({grad_norm}) was not finite for "
-                f"{train.max_skipped_steps} steps in a row (train.max_skipped_steps), up to step "
+                f"{progress.skipped_in_a_row} steps in a row (train.max_skipped_steps), up to step "
                 f"{progress.step}; {find_non_finite(engine, batches, position)}"
             )
         engine.skip()

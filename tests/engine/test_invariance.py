@@ -196,10 +196,9 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         for layer, load in zip(model.moe_layers, counts.double(), strict=True):
-            if layer.router.expert_bias_E is not None:
-                layer.router.expert_bias_E += ROUTER["bias_update_rate"] * torch.sign(
-                    load.mean() - load
-                )
+            layer.router.expert_bias_E += ROUTER["bias_update_rate"] * torch.sign(
+                load.mean() - load
+            )
     seen |= {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     seen |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     for name, parameter in model.named_parameters():

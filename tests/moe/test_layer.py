@@ -85,7 +85,9 @@ def test_equals_the_loop(activation, num_shared_experts, capacity, backend) -> N
     x_TD = tokens()
     context = training_context()
     y_TD, output = layer(x_TD, context)
-    aux = sum(weight * output.losses[name] for name, weight in layer.loss_weights().items())
+    aux = sum(
+        weight * output.losses[name] for name, weight in layer.config.losses.weights().items()
+    )
     y_loop, aux_loop = layer_loop(layer, x_TD, training_context(), activation)
     torch.testing.assert_close(y_TD, y_loop, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(aux, aux_loop, rtol=1e-11, atol=0)
@@ -130,7 +132,7 @@ def test_no_token_to_route(num_tokens, scope, capacity) -> None:
 
 def test_losses_are_for_training_and_have_a_weight() -> None:
     layer = build(losses={"load_balance_weight": 0.0, "z_loss_weight": 0.2})
-    assert layer.loss_weights() == {"z": 0.2}
+    assert layer.config.losses.weights() == {"z": 0.2}
     _, output = layer(tokens(), training_context())
     assert list(output.losses) == ["z"]
     _, output = layer(tokens(), MoEContext(seq_len=SEQ_LEN))

@@ -35,7 +35,7 @@ def local_state(run: Run) -> dict[str, Tensor]:
         name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
         for name, tensor in run.trainer.engine.state().items()
     }
-    return state | {"count": torch.tensor(run.trainer.engine.parts()["optimizer_steps"])}
+    return state | {"count": torch.tensor(run.trainer.engine.scalars()["optimizer_steps"])}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:

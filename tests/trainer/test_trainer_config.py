@@ -91,6 +91,7 @@ def test_run_folder_is_the_name_inside_the_folder_of_runs() -> None:
 
 
 WORLD = "train: {micro_batch_size: 2, global_batch_size: 12}\nparallel: {ep: 2}\n"
+WORLD += "model: {moe: {num_experts: 4, expert_ffn_dim: 8}}\n"
 
 
 def test_worlds_that_fit() -> None:

@@ -18,5 +18,15 @@ class LossesConfig(ConfigModel):
     z_loss_weight: NonNegativeFloat = 0.0
     """Weight of the router z-loss (ST-MoE: 0.001)."""
 
+    def weights(self) -> dict[str, float]:
+        """Return the weight of each auxiliary loss in the training loss, without the zeros."""
+        weights = {"load_balance": self.load_balance_weight, "z": self.z_loss_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def needs_global_counts(self) -> bool:
+        """Whether a loss depends on the slots that each expert has in the whole global batch."""
+        return bool(self.load_balance_weight) and self.load_balance_scope == "global_batch"
+
 
 __all__ = ["BalanceScope", "LossesConfig", "load_balance_loss", "z_loss"]

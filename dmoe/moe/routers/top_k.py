@@ -52,10 +52,10 @@ class TopKRouter(Router):
         super().__init__()
         self.config = config
         self.gate = RouterGate(dim, num_experts)
-        # Selection only: the bias never enters a gate (arXiv 2408.15664, section 3).
-        bias = torch.zeros(num_experts) if config.bias_update_rate else None
-        self.expert_bias_E: Tensor | None
-        self.register_buffer("expert_bias_E", bias)
+        # Selection only: the bias never enters a gate (arXiv 2408.15664, section 3). It stays in
+        # use where a later run sets its rate to zero, as DeepSeek-V3 did at the end.
+        self.expert_bias_E: Tensor
+        self.register_buffer("expert_bias_E", torch.zeros(num_experts))
 
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
@@ -69,28 +69,25 @@ class TopKRouter(Router):
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""
-        if self.expert_bias_E is not None:
-            scores_TE = scores_TE + self.expert_bias_E
-        ids_TK = top_k_ids(scores_TE, self.config.top_k)
+        ids_TK = top_k_ids(scores_TE + self.expert_bias_E, self.config.top_k)
         if context.valid_T is None:
             return ids_TK
         return ids_TK.masked_fill(~context.valid_T[:, None], -1)
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Return the (T, K) gates of the chosen experts."""
-        if self.config.order == "score_then_select":
-            weights_TK = scores_TE.gather(1, ids_TK)
-        elif self.config.score == "softmax":
+        if self.config.order == "select_then_score" and self.config.score == "softmax":
             weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
         else:
-            weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
+            # A sigmoid does not depend on the other experts, so its order makes no difference.
+            weights_TK = scores_TE.gather(1, ids_TK)
         if self.config.normalize:
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
 
     def end_step(self, counts_E: Tensor) -> None:
-        """Move the selection bias, if there is one, against the load of the step."""
-        if self.expert_bias_E is not None:
+        """Move the selection bias, if it has a rate, against the load of the step."""
+        if self.config.bias_update_rate:
             update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)
 
 
