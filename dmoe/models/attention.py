@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmoe.models.config import ModelConfig
 from dmoe.models.norm import RMSNorm
-from dmoe.ops import Linear
+from dmoe.ops import Linear, rotate
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AttentionInputs:
     mask: Tensor | None
     """(B, 1, S, total) bool, True where a query may look; None for plain causal attention."""
     cos: Tensor | None
-    """(B, 1, S, d) of the rotary angles; None with learned positions."""
+    """(B, 1, S, d/2) of the rotary angles; None with learned positions."""
     sin: Tensor | None
     """As `cos`."""
 
@@ -113,28 +113,6 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return (2, B, 1, S, d): cosine and sine of the angles of each position (arXiv 2104.09864).
-
-    Args:
-        positions: (B, S) int64 place of each token in its document.
-        head_dim: width d of a head.
-        theta: base of the frequencies.
-        dtype: of the result; the angles are computed in float32 at least.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
-    angles = positions[:, None, :, None].to(wide) * theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of (B, heads, S, d) by their angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def packed_mask(document_ids: Tensor, seq_len: int) -> Tensor:

@@ -16,13 +16,12 @@ from dmoe.models.attention import (
     AttentionInputs,
     KVCache,
     packed_mask,
-    rotary_angles,
 )
 from dmoe.models.config import ModelConfig
 from dmoe.models.norm import LayerNorm, RMSNorm
 from dmoe.moe import MoEContext, MoELayer, MoEOutput
 from dmoe.moe.experts import FeedForward
-from dmoe.ops import Linear
+from dmoe.ops import Linear, rotary_angles
 from dmoe.parallel import ParallelDims
 
 Recompute = Literal["none", "selective", "full"]

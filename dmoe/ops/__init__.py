@@ -3,6 +3,8 @@
 from dmoe.ops.expert_ffn import Activation, expert_ffn, expert_ffn_loop
 from dmoe.ops.grouped_mm import Backend, grouped_mm, resolve_backend
 from dmoe.ops.linear import Linear
+from dmoe.ops.rms_norm import rms_norm
+from dmoe.ops.rotary import rotary_angles, rotate
 from dmoe.ops.router_gate import router_gate
 from dmoe.ops.rows import RowMap, gather, gather_sum
 from dmoe.ops.top_k import top_k_ids
@@ -18,6 +20,9 @@ __all__ = [
     "gather_sum",
     "grouped_mm",
     "resolve_backend",
+    "rms_norm",
+    "rotary_angles",
+    "rotate",
     "router_gate",
     "top_k_ids",
 ]

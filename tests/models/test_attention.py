@@ -12,8 +12,8 @@ from dmoe.models.attention import (
     AttentionInputs,
     KVCache,
     packed_mask,
-    rotary_angles,
 )
+from dmoe.ops import rotary_angles
 
 DIM, HEADS, WIDTH, SEQ_LEN = 12, 4, 6, 5
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1]])
@@ -116,10 +116,10 @@ def test_packed_mask_by_hand() -> None:
 
 def test_rotary_angles_keep_far_positions_apart_in_bfloat16() -> None:
     """The angles are computed wider than they are returned: position 1001 is not 1000."""
-    angles = rotary_angles(torch.tensor([[1000, 1001]]), 4, 10_000.0, torch.bfloat16)
+    cosines, _ = rotary_angles(torch.tensor([[1000, 1001]]), 4, 10_000.0, torch.bfloat16)
     exact = torch.tensor([1000.0, 1001.0]).cos()
-    assert angles.dtype == torch.bfloat16
-    torch.testing.assert_close(angles[0, 0, 0, :, 0].float(), exact, rtol=0, atol=0.01)
+    assert cosines.dtype == torch.bfloat16
+    torch.testing.assert_close(cosines[0, 0, :, 0].float(), exact, rtol=0, atol=0.01)
 
 
 def test_a_full_cache_takes_no_more() -> None:

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from dmoe.ops.rms_norm import rms_norm, rms_norm_torch
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (7, 8), (2, 0, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+)
+def test_equals_torch(shape, dtype, tolerance) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(shape[-1], dtype=wide, requires_grad=True)
+    dy = torch.randn(shape, dtype=torch.float64).to(dtype)
+    y = rms_norm(x, weight, 1e-5)
+    assert y.dtype == dtype
+    got = [y, *torch.autograd.grad(y, [x, weight], dy)]
+    doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
+    twin = rms_norm_torch(*doubles, 1e-5)
+    want = [twin, *torch.autograd.grad(twin, doubles, dy.double())]
+    for actual, expected in zip(got, want, strict=True):
+        assert (actual.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_a_row_of_zeros_stays_zero_and_finite() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    y = rms_norm(x, torch.ones(4), 1e-5)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(2, 4))
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
