@@ -1,0 +1,175 @@
+"""Time the MoE layer on a CPU against those of others and against the GEMMs none can avoid.
+
+    pip install -e .[bench] && python tools/benchmarks/moe_layer.py [--rounds N] [--threads N]
+
+T=2048 tokens, D=512, F=128, E=32 experts, K=4, dropless (DeepSpeed: capacity 1.25), with router;
+forward, and forward with backward, in float32 and bfloat16. All have the same weights and tokens.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import measure, parse_settings, peer_version, ratio, report
+from peers import Layer, deepspeed, hugging_face, plain_loop
+from torch import Tensor, nn
+
+from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer
+
+T, D, F, E, K = 2048, 512, 128, 32, 4
+CAPACITY = 1.25
+TOTALS = BatchTotals(num_tokens=T, num_targets=T, num_sequences=1, num_micro_batches=1)
+
+
+def build_ours(
+    dtype: torch.dtype, num_experts: int = E
+) -> tuple[MoELayer, Callable[[Tensor], list[Tensor]]]:
+    """Build our layer with weights of `dtype`; the router computes in float32 all the same."""
+    torch.manual_seed(0)
+    config = MoEConfig(
+        num_experts=num_experts, expert_ffn_dim=F, router={"name": "top_k", "top_k": K}
+    )
+    layer = MoELayer(config, dim=D)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.05)
+
+    def forward(x_TD: Tensor) -> list[Tensor]:
+        y_TD, output = layer(x_TD, MoEContext(seq_len=T, totals=TOTALS))
+        return [y_TD, output.losses["load_balance"]]
+
+    return layer.to(dtype), forward
+
+
+def contenders(dtype: torch.dtype) -> dict[str, Layer | None]:
+    """Return every layer by its name; None where it is not installed."""
+    source, _ = build_ours(torch.float32)
+    layers: dict[str, Layer | None] = {"dmoe": build_ours(dtype)}
+    if dtype != torch.float32:
+        layers["dmoe, float32 masters"] = build_ours(torch.float32)
+    layers["transformers, eager"] = hugging_face(source, dtype, "eager")
+    layers["transformers, grouped_mm"] = hugging_face(source, dtype, "grouped_mm")
+    layers[f"deepspeed, capacity {CAPACITY}"] = deepspeed(source, dtype, CAPACITY)
+    layers["plain loop"] = plain_loop(source, dtype)
+    return layers
+
+
+def passes(layer: Layer, x_TD: Tensor, dy_TD: Tensor) -> tuple[Callable[[], None], ...]:
+    """Return forward without gradients, and forward with backward."""
+    module, run = layer
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(x_TD)
+
+    def forward_backward() -> None:
+        y_TD, *losses = run(x_TD)
+        torch.autograd.backward([y_TD, *losses], [dy_TD, *(torch.ones_like(v) for v in losses)])
+        x_TD.grad = None
+        module.zero_grad()
+
+    return forward, forward_backward
+
+
+def bare_gemms(counts_E: list[int], dtype: torch.dtype) -> tuple[Callable[[], None], ...]:
+    """Return the two products of every expert, and the six with those of the backward pass."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    groups = [
+        (random(n, D), random(n, 2 * F), random(n, F), random(2 * F, D), random(D, F))
+        for n in counts_E
+    ]
+
+    def forward() -> None:
+        for x, _, a, w_up, w_down in groups:
+            x @ w_up.t()
+            a @ w_down.t()
+
+    def forward_backward() -> None:
+        forward()
+        for x, z, a, w_up, w_down in groups:
+            # x stands in for dy, which has its shape.
+            x @ w_down
+            x.t() @ a
+            z.t() @ x
+            z @ w_up
+
+    return forward, forward_backward
+
+
+def saved_bytes(layer: Layer, x_TD: Tensor) -> tuple[int, int]:
+    """Return the bytes kept for backward beside parameters: in x's dtype, and in all others."""
+    module, run = layer
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, tuple[bool, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = (tensor.dtype == x_TD.dtype, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept: Any = run(x_TD)
+    del kept
+    wide = sum(size for same, size in sizes.values() if same)
+    return wide, sum(size for _, size in sizes.values()) - wide
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    settings = parse_settings(__doc__)
+    rows, saved = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        x_TD = torch.randn(T, D).to(dtype).requires_grad_()
+        dy_TD = torch.randn(T, D).to(dtype)
+        layers = contenders(dtype)
+        ours, _ = layers["dmoe"]
+        counts_E = ours.router(x_TD, MoEContext(seq_len=T)).counts_E.tolist()
+        runs = {name: passes(layer, x_TD, dy_TD) for name, layer in layers.items() if layer}
+        runs["bare GEMMs"] = bare_gemms(counts_E, dtype)
+        forward, both = (
+            measure({name: pair[i] for name, pair in runs.items()}, settings) for i in (0, 1)
+        )
+        precision = str(dtype).removeprefix("torch.")
+        for name in [*layers, "bare GEMMs"]:
+            row = [precision, name]
+            for times in (forward, both):
+                if name not in times:
+                    row += ["not installed", "", ""]
+                    continue
+                row += [
+                    f"{statistics.median(times[name]):.1f}",
+                    f"{ratio(times['dmoe'], times[name]):.2f}",
+                    f"{ratio(times[name], times['bare GEMMs']):.2f}",
+                ]
+            rows.append(row)
+        for name, layer in layers.items():
+            if layer and dtype == torch.bfloat16:
+                wide, rest = saved_bytes(layer, x_TD)
+                share = wide / (2 * T * D + 4 * T * K * F)
+                saved.append([name, f"{wide / 1e6:.2f}", f"{rest / 1e6:.2f}", f"{share:.2f}"])
+    peers = f"{peer_version('transformers')}, {peer_version('deepspeed')}"
+    columns = ["ms", "dmoe / it", "it / bare"]
+    report(
+        "MoE layer",
+        f"T={T}, D={D}, F={F}, E={E}, K={K}; forward, then forward with backward.",
+        ["precision", "layer", *(f"f {c}" for c in columns), *(f"f+b {c}" for c in columns)],
+        rows,
+        settings=settings.describe(),
+        peers=peers,
+    )
+    report(
+        "MoE layer: activations saved for backward",
+        "The same layers in bfloat16; unique storages in MB, parameters excluded. The bound is "
+        "2TD + 4TKF bytes, x and gate/up alone; routing is what is not in bfloat16.",
+        ["layer", "in bfloat16", "other dtypes", "bfloat16 / bound"],
+        saved,
+        peers=peers,
+    )
+
+
+if __name__ == "__main__":
+    main()
