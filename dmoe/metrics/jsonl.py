@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dmoe.config.base import ConfigError
+
 Row = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ def read_metrics(path: str | Path) -> list[Row]:
     """Return all rows of a metrics.jsonl; a last line that is still being written is left out.
 
     Raises:
-        ValueError: A line is not a JSON object.
+        ConfigError: A line is not a JSON object.
     """
     return [row for _, row in _rows(Path(path))]
 
@@ -72,9 +74,9 @@ def _rows(path: Path) -> Iterator[tuple[bytes, Row]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a row of metrics: {error}") from None
+            raise ConfigError(f"{path}:{number}: not a row of metrics: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: not a row of metrics: {row!r}")
+            raise ConfigError(f"{path}:{number}: not a row of metrics: {row!r}")
         yield line, row
 
 
