@@ -21,19 +21,14 @@ class MoEStats(NamedTuple):
     """() int64 slots that found no capacity."""
     entropy: Tensor
     """() router entropy, each token's divided by log E."""
-    num_tokens: Tensor
-    """() int64 tokens that are not padding."""
 
 
 @torch.no_grad()
 def measure(routing: Routing, num_served: Tensor, context: MoEContext) -> MoEStats:
     """Sum up a routing, of whose slots `num_served`, (), reached their expert."""
     scores_TE = routing.scores_TE.detach()
-    num_tokens, num_experts = scores_TE.shape
-    entropy_T = torch.special.entr(scores_TE).sum(-1) / math.log(max(2, num_experts))
-    if context.valid_T is None:
-        num_valid = torch.full_like(num_served, num_tokens)
-    else:
-        entropy_T, num_valid = entropy_T * context.valid_T, context.valid_T.sum()
+    entropy_T = torch.special.entr(scores_TE).sum(-1) / math.log(max(2, scores_TE.shape[1]))
+    if context.valid_T is not None:
+        entropy_T = entropy_T * context.valid_T
     dropped = routing.counts_E.sum() - num_served
-    return MoEStats(routing.counts_E, dropped, entropy_T.sum(), num_valid)
+    return MoEStats(routing.counts_E, dropped, entropy_T.sum())

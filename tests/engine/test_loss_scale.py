@@ -46,3 +46,9 @@ def test_state_round_trip() -> None:
     again.load(scale.state())
     again.step_taken()
     assert again.value == 16
+
+
+def test_a_run_that_changes_to_float16_starts_at_the_initial_scale() -> None:
+    scale = LossScale(enabled=True, initial=256.0)
+    scale.load(LossScale(enabled=False).state())
+    assert scale.value == 256.0

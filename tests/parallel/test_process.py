@@ -2,9 +2,11 @@
 
 import socket
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from dmoe.config import ConfigError
 from dmoe.parallel import process_group
 
 
@@ -34,3 +36,16 @@ def test_joins_what_torchrun_announces_and_leaves_at_the_end(monkeypatch) -> Non
             pass
         assert dist.is_initialized()
     assert not dist.is_initialized()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with (
+        pytest.raises(
+            ConfigError, match=r"2 processes on a machine with 1 GPUs.*--nproc-per-node 1"
+        ),
+        process_group(),
+    ):
+        pass

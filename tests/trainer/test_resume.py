@@ -9,6 +9,7 @@ from tiny import SAVE_EVERY, STEPS, run_tiny, tiny_config
 
 from dmoe.config import ConfigError
 from dmoe.testing import run_distributed
+from dmoe.trainer.build import open_run
 
 Sections = dict[str, dict[str, Any]]
 
@@ -127,3 +128,39 @@ def test_what_cannot_change_on_resume(sections, message, token_store, tmp_path) 
         tree[name] |= section
     with pytest.raises(ConfigError, match=message):
         run_tiny(type(config).model_validate(tree))
+
+
+def test_a_folder_has_one_run_at_a_time(token_store, tmp_path) -> None:
+    config = tiny_config(token_store, tmp_path)
+    device = torch.device("cpu")
+    with (
+        open_run(config, device),
+        pytest.raises(ConfigError, match=r"another process is training in .*tiny"),
+        open_run(config, device),
+    ):
+        pass
+    with open_run(config, device):
+        pass
+
+
+def test_starting_from_another_run(token_store, tmp_path) -> None:
+    """A run folder is as good as a checkpoint folder; a folder that is neither is bad input."""
+    source = tiny_config(token_store, tmp_path / "source")
+    run_tiny(source, die_after=SAVE_EVERY)
+    start = {"resume_from": str(source.run.folder)}
+    rows, _ = run_tiny(tiny_config(token_store, tmp_path / "next", checkpoint=start))
+    assert min(rows) == SAVE_EVERY + 1
+    nowhere = tiny_config(token_store, tmp_path / "other", checkpoint={"resume_from": "/nowhere"})
+    with pytest.raises(
+        ConfigError, match="/nowhere is neither a checkpoint folder nor a run folder"
+    ):
+        run_tiny(nowhere)
+
+
+def test_the_selection_bias_may_be_switched_off_on_resume(token_store, tmp_path) -> None:
+    config = tiny_config(token_store, tmp_path)
+    run_tiny(config, die_after=SAVE_EVERY)
+    tree = config.model_dump(mode="json")
+    tree["model"]["moe"]["router"]["bias_update_rate"] = 0.0
+    rows, _ = run_tiny(type(config).model_validate(tree))
+    assert min(rows) == SAVE_EVERY + 1

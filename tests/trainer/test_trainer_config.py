@@ -1,5 +1,6 @@
 """Checks that span sections: both numbers, the key to change, and its place in the file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,23 @@ def test_a_world_that_cannot_share_the_micro_batches() -> None:
         "a multiple of 8",
     ):
         assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model: {num_layers: 3, moe: {every: 4, num_experts: 4, expert_ffn_dim: 8}}",
+            "none of the num_layers = 3 layers is a MoE layer with moe.every = 4",
+        ),
+        ("parallel: {ep: 2}", "parallel.ep = 2, but the model has no experts"),
+        ("checkpoint: {resume: never, resume_from: a}", "resume = never, but resume_from = a"),
+        (
+            "model: {moe: {num_experts: 4, expert_ffn_dim: 12}}",
+            "expert_ffn_dim = 12 is not a multiple of 8",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parsed(text)
