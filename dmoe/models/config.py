@@ -1,10 +1,11 @@
 """The `model` section: a decoder language model of the GPT-2 or the Llama family."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from dmoe.config.base import ConfigModel
+from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe import MoEConfig
 from dmoe.ops import Activation
 
@@ -104,3 +105,30 @@ class ModelConfig(ConfigModel):
     def moe_layers(self) -> list[int]:
         """The numbers of the MoE layers."""
         return [layer for layer in range(self.num_layers) if self.is_moe_layer(layer)]
+
+    def k_of_layers(self, k: int | Sequence[int]) -> tuple[int, ...]:
+        """Return a number of experts per token for each MoE layer.
+
+        Args:
+            k: one number for all MoE layers, or one for each, first layer first.
+
+        Raises:
+            ConfigError: the model has no experts, there is not one number for each MoE layer, or
+                one is below 1 or above the number of experts.
+        """
+        if self.moe is None:
+            raise ConfigError(f"k = {k}, but the model is dense: leave k out")
+        num_layers, num_experts = len(self.moe_layers), self.moe.num_experts
+        k_L = (k,) * num_layers if isinstance(k, int) else tuple(k)
+        if len(k_L) != num_layers:
+            raise ConfigError(
+                f"k = {list(k_L)} has {len(k_L)} numbers, but the model has {num_layers} MoE "
+                f"layers: give one number, or one for each of them"
+            )
+        for k_l in k_L:
+            if not 1 <= k_l <= num_experts:
+                raise ConfigError(
+                    f"k = {k_l} is not a number of experts from 1 to model.moe.num_experts = "
+                    f"{num_experts}"
+                )
+        return k_L

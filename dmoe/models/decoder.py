@@ -3,7 +3,8 @@
 Shapes in comments: B batch, S sequence, T = B S tokens, D model dim, V vocabulary, L MoE layers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -118,6 +119,18 @@ class DecoderLM(nn.Module):
         self.lm_head: Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
+        self._k_L: tuple[int, ...] | None = None
+
+    def set_k(self, k: int | Sequence[int] | None) -> None:
+        """Set the experts per token, where a context does not give them.
+
+        Args:
+            k: one number for all MoE layers, one for each, or None for the router's own.
+
+        Raises:
+            ConfigError: a number below 1 or above the number of experts, or not one for each layer.
+        """
+        self._k_L = None if k is None else self.config.k_of_layers(k)
 
     def forward(
         self,
@@ -140,6 +153,8 @@ class DecoderLM(nn.Module):
         """
         if context is None:
             context = MoEContext(seq_len=inputs.tokens.shape[1], valid_T=valid_tokens(inputs))
+        if context.k_L is None and self._k_L is not None:
+            context = replace(context, k_L=self._k_L)
         x, attention = self.embed_tokens(inputs, caches)
         outputs: list[MoEOutput] = []
         for index, block in enumerate(self.layers):

@@ -73,6 +73,9 @@ class MoEContext:
     counts_LE: Tensor | None = None
     """(layers, E) int64 slots per expert over the global batch, where they were counted
     beforehand."""
+    k_L: tuple[int | Tensor, ...] | None = None
+    """Experts per token in each MoE layer: one number, or (T,) int64 with one for each token; None
+    for the router's own."""
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
@@ -83,6 +86,11 @@ class MoEContext:
     def training(self) -> bool:
         """Whether noise is drawn and losses are wanted."""
         return self.totals is not None
+
+    @property
+    def k(self) -> int | Tensor | None:
+        """Experts per token in this layer; None for the router's own."""
+        return None if self.k_L is None else self.k_L[self.layer]
 
     def at_layer(self, layer: int) -> "MoEContext":
         """Return the context of one layer."""

@@ -62,25 +62,34 @@ class TopKRouter(Router):
         logits_TE = self.gate(jittered(x_TD, self.config.jitter, context))
         scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
         ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
-        weights_TK = self.weigh(logits_TE, scores_TE, ids_TK.clamp(min=0))
+        weights_TK = self.weigh(logits_TE, scores_TE, ids_TK)
         if self.config.score == "sigmoid":
             scores_TE = divided_by_sum(scores_TE)
         return make_routing(logits_TE, scores_TE, ids_TK, weights_TK)
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""
-        ids_TK = top_k_ids(scores_TE + self.expert_bias_E, self.config.top_k)
+        k = self.config.top_k if context.k is None else context.k
+        num_slots = k if isinstance(k, int) else int(k.max())
+        ids_TK = top_k_ids(scores_TE + self.expert_bias_E, num_slots)
+        if isinstance(k, Tensor):
+            place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+            ids_TK = ids_TK.masked_fill(place_K >= k[:, None], -1)
         if context.valid_T is None:
             return ids_TK
         return ids_TK.masked_fill(~context.valid_T[:, None], -1)
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """Return the (T, K) gates of the chosen experts."""
+        """Return the (T, K) gates of the chosen experts, 0 in unused slots."""
+        used_TK, ids_TK = ids_TK >= 0, ids_TK.clamp(min=0)
         if self.config.order == "select_then_score" and self.config.score == "softmax":
-            weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
+            # Finite, as a token without experts would else divide 0 by 0.
+            logits_TK = logits_TE.gather(1, ids_TK).masked_fill(~used_TK, -1e30)
+            weights_TK = logits_TK.softmax(-1)
         else:
             # A sigmoid does not depend on the other experts, so its order makes no difference.
             weights_TK = scores_TE.gather(1, ids_TK)
+        weights_TK = weights_TK.masked_fill(~used_TK, 0)
         if self.config.normalize:
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
