@@ -43,7 +43,8 @@ class MoEConfig(ConfigModel):
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
     """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" one product an expert;
-    "auto" is "loop" on CPUs, where it is the faster, and "torch" elsewhere."""
+    "auto" is "loop" on a CPU with fewer than 64 experts a rank, where it is the faster, and "torch"
+    elsewhere."""
 
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> "MoEConfig":

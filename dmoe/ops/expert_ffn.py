@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer
+from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, is_loop
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows
 
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -105,12 +105,15 @@ class _ExpertFFN(torch.autograd.Function):
         rows, backend = RowMap(*row_tensors), ctx.backend
         index_R = rows.index_R
         # The gradient of a sum is expanded: every row of it the same memory.
-        dy_ND = dy_ND.contiguous()
-        da_RF = grouped_mm(dy_ND, w_down_EDF, counts_E, index_R=index_R, backend=backend)
+        dy, dy_index_R = dy_ND.contiguous(), index_R
+        if not is_loop(dy, counts_E, backend):  # it would gather twice
+            dy, dy_index_R = dy.index_select(0, index_R), None
+        da_RF = grouped_mm(dy, w_down_EDF, counts_E, index_R=dy_index_R, backend=backend)
         a_RF, dz_RH, dweights_R = _activate_backward(z_RH, da_RF, weights_R, ctx.activation)
         dw_down_EDF = grouped_outer(
-            dy_ND, a_RF, counts_E, a_index_R=index_R, dtype=w_down_EDF.dtype, backend=backend
+            dy, a_RF, counts_E, a_index_R=dy_index_R, dtype=w_down_EDF.dtype, backend=backend
         )
+        del dy
         dw_up = grouped_outer(
             dz_RH, x_ND, counts_E, b_index_R=index_R, dtype=w_up.dtype, backend=backend
         )

@@ -17,13 +17,19 @@ Backend = Literal["auto", "torch", "loop"]
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> Literal["torch", "loop"]:
-    """Return the backend that "auto" stands for on a device.
+# From so many groups on, a loop in Python takes longer than gathering rows for torch's own.
+_MANY_GROUPS = 64
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, num_groups: int
+) -> Literal["torch", "loop"]:
+    """Return the backend that "auto" stands for on a device, for so many groups (local experts).
 
     On a CPU torch's grouped GEMM is a loop too, but one that needs the rows gathered beforehand.
     """
     if backend == "auto":
-        return "loop" if device.type == "cpu" else "torch"
+        return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
     return backend
 
 
@@ -47,7 +53,7 @@ def grouped_mm(
     Returns:
         (R, N) rows. No gradient: the ops that call this know cheaper ones than autograd's.
     """
-    if _is_loop(x_RM, backend):
+    if is_loop(x_RM, counts_E, backend):
         counts = counts_E.tolist()
         y_RN = x_RM.new_empty(sum(counts), w_EMN.shape[2])
         groups = zip(_groups(x_RM, counts, index_R), w_EMN, y_RN.split(counts), strict=True)
@@ -78,7 +84,7 @@ def grouped_outer(
         dtype: of the result; the product is computed in that of the rows.
         backend: as for `grouped_mm`.
     """
-    if _is_loop(a_RM, backend):
+    if is_loop(a_RM, counts_E, backend):
         counts = counts_E.tolist()
         w_EMN = a_RM.new_empty(len(counts), a_RM.shape[1], b_RN.shape[1], dtype=dtype)
         groups = zip(
@@ -94,8 +100,10 @@ def grouped_outer(
     return F.grouped_mm(a_RM.t(), b_RN, offs=_ends(counts_E)).to(dtype)
 
 
-def _is_loop(x: Tensor, backend: Backend) -> bool:
-    return resolve_backend(backend, x.device) == "loop" or x.dtype not in _GROUPED_DTYPES
+def is_loop(x_RM: Tensor, counts_E: Tensor, backend: Backend) -> bool:
+    """Say whether products of the rows `x_RM` are computed a group at a time."""
+    backend = resolve_backend(backend, x_RM.device, len(counts_E))
+    return backend == "loop" or x_RM.dtype not in _GROUPED_DTYPES
 
 
 def _gathered(x: Tensor, index_R: Tensor | None) -> Tensor:

@@ -185,7 +185,7 @@ def _introduce(
     moe = config.model.moe
     journal.message(dims.describe(moe.num_experts if moe else 0))
     if moe is not None and moe.backend == "auto":
-        backend = resolve_backend(moe.backend, device)
+        backend = resolve_backend(moe.backend, device, len(dims.local_experts(moe.num_experts)))
         journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:
         return

@@ -40,6 +40,7 @@ def test_an_empty_group_has_a_zero_gradient(backend) -> None:
 
 
 def test_auto_is_the_loop_on_a_cpu_and_torch_elsewhere() -> None:
-    assert resolve_backend("auto", torch.device("cpu")) == "loop"
-    assert resolve_backend("auto", torch.device("cuda")) == "torch"
-    assert resolve_backend("torch", torch.device("cpu")) == "torch"
+    assert resolve_backend("auto", torch.device("cpu"), 8) == "loop"
+    assert resolve_backend("auto", torch.device("cpu"), 128) == "torch"
+    assert resolve_backend("auto", torch.device("cuda"), 8) == "torch"
+    assert resolve_backend("torch", torch.device("cpu"), 8) == "torch"

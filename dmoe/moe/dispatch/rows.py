@@ -5,6 +5,7 @@ Shapes: N source rows, R routed rows, T tokens, E experts, K slots per token, D 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dmoe.moe.routing import count_slots
@@ -45,5 +46,9 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, RowMap,
     num_rows = int(counts_E.sum())
     slots_R = ids.masked_fill(~used, num_experts).int().argsort(stable=True)[:num_rows]
     offsets_T1 = offsets_of(used.view_as(expert_ids_TK).sum(1))
-    rows = RowMap(slots_R // top_k, slots_R.int().argsort(), offsets_T1)
+    # The inverse of a permutation needs no second sort.
+    row_of_slot = torch.empty_like(ids)
+    row_of_slot[slots_R] = torch.arange(num_rows, device=ids.device)
+    by_token_R = row_of_slot if num_rows == len(ids) else row_of_slot[used]
+    rows = RowMap(slots_R // top_k, by_token_R, offsets_T1)
     return slots_R, rows, counts_E
