@@ -1,6 +1,7 @@
 """The only door to the kernels: one op a file, its slow twin beside it."""
 
-from dmoe.ops.expert_ffn import Activation, expert_ffn, expert_ffn_loop
+from dmoe.ops.activation import Activation
+from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
 from dmoe.ops.grouped_mm import Backend, grouped_mm, resolve_backend
 from dmoe.ops.linear import Linear
 from dmoe.ops.rms_norm import rms_norm

@@ -5,16 +5,16 @@ The gate weight of a row multiplies the hidden activation, not the output: the p
 and the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.ops.activation import Activation, activate, activate_backward
+from dmoe.ops.expert_loop import backward_by_expert, forward_by_expert
 from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, is_loop
-from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows
-
-Activation = Literal["swiglu", "gelu", "relu"]
+from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
 
 
 def expert_ffn(
@@ -32,7 +32,7 @@ def expert_ffn(
 
     Rows are read and summed through `rows`, forward and backward: only `x_ND` and the
     pre-activation (R, 2F or F) are saved, so a layer of K slots keeps 2ND + 4NKF bytes in bfloat16
-    (gated), and neither x_RD nor the gradient dy_RD need be written.
+    (gated).
 
     Args:
         x_ND: (N, D) source rows.
@@ -43,7 +43,7 @@ def expert_ffn(
             `x_ND`'s dtype; weights, and so their gradients, may be wider.
         w_down_EDF: (E, D, F), as `w_up`.
         activation: "swiglu", or "gelu" (tanh form, as in GPT-2) or "relu" without a gate.
-        backend: which grouped GEMM.
+        backend: "torch" for `torch.nn.functional.grouped_mm`, "loop" for an expert after the other.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
@@ -90,11 +90,14 @@ class _ExpertFFN(torch.autograd.Function):
         activation: Activation,
         backend: Backend,
     ) -> Tensor:
-        z_RH = grouped_mm(
-            x_ND, w_up.transpose(1, 2), counts_E, index_R=rows.index_R, backend=backend
-        )
-        a_RF = _activate(z_RH, activation).mul_(weights_R[:, None])
-        y_RD = grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E, backend=backend)
+        if is_loop(x_ND, counts_E, backend):
+            z_RH, y_RD = forward_by_expert(
+                x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation
+            )
+        else:
+            z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E)
+            a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
+            y_RD = grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E)
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *rows)
         ctx.activation, ctx.backend = activation, backend
         return sum_rows(y_RD, rows)
@@ -102,67 +105,27 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *row_tensors = ctx.saved_tensors
-        rows, backend = RowMap(*row_tensors), ctx.backend
-        index_R = rows.index_R
+        rows = RowMap(*row_tensors)
         # The gradient of a sum is expanded: every row of it the same memory.
-        dy, dy_index_R = dy_ND.contiguous(), index_R
-        if not is_loop(dy, counts_E, backend):  # it would gather twice
-            dy, dy_index_R = dy.index_select(0, index_R), None
-        da_RF = grouped_mm(dy, w_down_EDF, counts_E, index_R=dy_index_R, backend=backend)
-        a_RF, dz_RH, dweights_R = _activate_backward(z_RH, da_RF, weights_R, ctx.activation)
-        dw_down_EDF = grouped_outer(
-            dy, a_RF, counts_E, a_index_R=dy_index_R, dtype=w_down_EDF.dtype, backend=backend
-        )
-        del dy
-        dw_up = grouped_outer(
-            dz_RH, x_ND, counts_E, b_index_R=index_R, dtype=w_up.dtype, backend=backend
-        )
-        dx_ND = None
-        if ctx.needs_input_grad[0]:
-            dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E, backend=backend), rows)
-        return dx_ND, dweights_R, dw_up, dw_down_EDF, None, None, None, None
-
-
-def _activate(z_RH: Tensor, activation: Activation) -> Tensor:
-    if activation == "swiglu":
-        gate_RF, up_RF = z_RH.chunk(2, dim=-1)
-        return F.silu(gate_RF).mul_(up_RF)
-    if activation == "gelu":
-        return F.gelu(z_RH, approximate="tanh")
-    return F.relu(z_RH)
-
-
-def _activate_backward(
-    z_RH: Tensor, da_RF: Tensor, weights_R: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute the weighted activation and take its gradient.
-
-    Args:
-        z_RH: (R, 2F or F) saved pre-activation.
-        da_RF: gradient of the weighted activation; overwritten.
-        weights_R: gate weights.
-        activation: as in the forward pass.
-
-    Returns:
-        The weighted activation a_RF, the gradient dz_RH, and the gate gradient dweights_R.
-    """
-    weights_R1 = weights_R[:, None]
-    if activation == "swiglu":
-        gate_RF, up_RF = z_RH.chunk(2, dim=-1)
-        silu_RF = F.silu(gate_RF)
-        a_RF = silu_RF * up_RF
-        dweights_R = torch.mul(da_RF, a_RF).sum(-1, dtype=weights_R.dtype)
-        da_RF.mul_(weights_R1)
-        dz_RH = torch.empty_like(z_RH)
-        dgate_RF, dup_RF = dz_RH.chunk(2, dim=-1)
-        torch.mul(da_RF, silu_RF, out=dup_RF)
-        torch.ops.aten.silu_backward.grad_input(da_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
-    else:
-        a_RF = _activate(z_RH, activation)
-        dweights_R = torch.mul(da_RF, a_RF).sum(-1, dtype=weights_R.dtype)
-        da_RF.mul_(weights_R1)
-        if activation == "gelu":
-            dz_RH = torch.ops.aten.gelu_backward(da_RF, z_RH, approximate="tanh")
+        dy_ND = dy_ND.contiguous()
+        if is_loop(x_ND, counts_E, ctx.backend):
+            dx_RD, dweights_R, dw_up, dw_down_EDF = backward_by_expert(
+                dy_ND,
+                x_ND,
+                rows.index_R,
+                weights_R,
+                counts_E,
+                w_up,
+                w_down_EDF,
+                z_RH,
+                ctx.activation,
+            )
         else:
-            dz_RH = da_RF * (z_RH > 0)
-    return a_RF.mul_(weights_R1), dz_RH, dweights_R
+            dy_RD = take_rows(dy_ND, rows)
+            da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E)
+            a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, ctx.activation)
+            dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E).to(w_down_EDF.dtype)
+            del dy_RD
+            dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E).to(w_up.dtype)
+            dx_RD = grouped_mm(dz_RH, w_up, counts_E)
+        return sum_rows(dx_RD, rows), dweights_R, dw_up, dw_down_EDF, None, None, None, None
