@@ -55,8 +55,8 @@ class StepResult:
     """(L, E) int64 slots that each MoE layer's router gave each expert."""
     dropped_L: Tensor
     """(L,) int64 slots without capacity."""
-    entropy_L: Tensor
-    """(L,) float64 mean normalised router entropy."""
+    means: dict[str, Tensor]
+    """(L,) float64 each, the layers' other sums (`dmoe.moe.MoEStats`) by name, a token's mean."""
     num_tokens: int
     """Tokens that are not padding."""
 
@@ -74,8 +74,8 @@ class Engine(Protocol):
         """Scale the gradients down to a global norm of `max_norm` (0: do not); return the norm."""
         ...
 
-    def step(self, lr: float, counts_LE: Tensor) -> None:
-        """Update parameters and selection biases, and drop the gradients."""
+    def step(self, lr: float, result: StepResult) -> None:
+        """Update parameters, let the routers adapt to what was found, and drop the gradients."""
         ...
 
     def skip(self) -> None:

@@ -1,11 +1,11 @@
 """The gradients of a step: sums over ranks that FSDP does not do, the one global norm, scaling."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dmoe.models.decoder import is_expert
@@ -40,10 +40,21 @@ class Gradients:
     dims: ParallelDims
 
     @classmethod
-    def of(cls, model: nn.Module, dims: ParallelDims) -> "Gradients":
-        """Collect the gradients of a model, sharded or not."""
-        by_copies: dict[int, list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
+    def of(
+        cls,
+        parameters: Iterable[tuple[str, Tensor]],
+        dims: ParallelDims,
+        shares: Sequence[Tensor] = (),
+    ) -> "Gradients":
+        """Collect the gradients of named parameters, sharded or not.
+
+        Args:
+            parameters: each with its gradient.
+            dims: the layout.
+            shares: more gradients, which this rank alone holds.
+        """
+        by_copies: dict[int, list[Tensor]] = {1: list(shares)} if shares else {}
+        for name, parameter in parameters:
             gradient = parameter.grad
             assert gradient is not None, f"{name} has no gradient"
             copies = dims.edp if is_expert(name) else dims.world_size
@@ -60,6 +71,21 @@ class Gradients:
             total = total + norms.square().sum() / copies
         assert isinstance(total, Tensor)
         return all_reduce_sum(total, self.dims.world_group).sqrt().item()
+
+    def clip(self, max_norm: float, loss_scale: float = 1.0) -> float:
+        """Take out the loss scale, scale down to a norm of `max_norm` (0: do not), return the norm.
+
+        Args:
+            max_norm: of the gradients without loss scale.
+            loss_scale: the factor that all gradients bear.
+        """
+        norm = self.global_norm() / loss_scale
+        factor = 1 / loss_scale
+        if max_norm and norm > max_norm:
+            factor *= max_norm / norm
+        if factor != 1:
+            self.scale(factor)
+        return norm
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient in place."""

@@ -15,9 +15,10 @@ class Tally:
 
     def __init__(self, config: ModelConfig):
         self.num_layers = len(config.moe_layers)
-        self.num_experts = config.moe.num_experts if config.moe else 0
+        self.num_experts = config.moe.experts if config.moe else 0
         self.loss: Tensor | float = 0.0
         self.aux: dict[str, Tensor] = {}
+        self.names: list[str] = []
         self.stats: list[Tensor] = []
 
     def add(self, loss: Tensor, outputs: list[MoEOutput]) -> None:
@@ -26,29 +27,34 @@ class Tally:
         for output in outputs:
             for name, value in output.losses.items():
                 self.aux[name] = self.aux.get(name, 0.0) + value.detach().double()
-        # One row a layer: slots of each expert, dropped slots, summed entropy.
-        rows = [
-            torch.cat([s.counts_E.double(), torch.stack([s.dropped.double(), s.entropy.double()])])
-            for s in (output.stats for output in outputs)
-        ]
+        # One row a layer: slots of each expert, dropped slots, and the layer's own sums.
+        rows = []
+        for stats in (output.stats for output in outputs):
+            self.names = sorted(stats.sums)
+            sums = [stats.dropped, *(stats.sums[name] for name in self.names)]
+            rows.append(
+                torch.cat([stats.counts_E.double(), torch.stack([s.double() for s in sums])])
+            )
         if rows:
             self.stats.append(torch.stack(rows))
 
     def result(self, group: dist.ProcessGroup | None, totals: BatchTotals) -> StepResult:
         """Sum over the ranks; counts are exact in float64."""
         names = sorted(self.aux)
-        stats = torch.zeros(self.num_layers, self.num_experts + 2, dtype=torch.float64)
+        width = self.num_experts + 1 + len(self.names)
+        stats = torch.zeros(self.num_layers, width, dtype=torch.float64)
         if self.stats:
             stats = torch.stack(self.stats).sum(0)
         head = torch.stack([torch.as_tensor(self.loss), *(self.aux[name] for name in names)])
         packed = all_reduce_sum(torch.cat([head.to(stats.device), stats.flatten()]), group).cpu()
         loss, *aux = packed[: len(head)].tolist()
         stats = packed[len(head) :].view_as(stats)
+        means_NL = stats[:, self.num_experts + 1 :].t() / totals.num_tokens
         return StepResult(
             loss=loss,
             aux_losses={n: v / self.num_layers for n, v in zip(names, aux, strict=True)},
             counts_LE=stats[:, : self.num_experts].long(),
             dropped_L=stats[:, self.num_experts].long(),
-            entropy_L=stats[:, self.num_experts + 1] / totals.num_tokens,
+            means=dict(zip(self.names, means_NL, strict=True)),
             num_tokens=totals.num_tokens,
         )

@@ -69,7 +69,7 @@ def train(engine: NativeEngine, steps: int, first: int = 0) -> list[float]:
     for step in range(first, first + steps):
         result = gradients(engine, step)
         engine.clip(1.0)
-        engine.step(LR, result.counts_LE)
+        engine.step(LR, result)
         losses.append(result.loss)
     return losses
 

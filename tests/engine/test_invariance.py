@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.data import MicroBatch
 from dmoe.engine import EngineConfig, NativeEngine, StepPosition
+from dmoe.engine.sharding import global_view
 from dmoe.models import ModelConfig, ModelInputs, build_model
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.moe.capacity import CapacityConfig
+from dmoe.moe.elastic import ElasticK
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 from dmoe.testing import run_distributed
@@ -48,7 +50,7 @@ def model_config(**moe: object) -> ModelConfig:
     return ModelConfig.model_validate({**MODEL, "moe": {**MODEL["moe"], **moe}})
 
 
-MODELS = {
+FIXED = {
     "global": model_config(),
     "sequence": model_config(losses={"load_balance_weight": 0.1, "load_balance_scope": "sequence"}),
     "micro_batch": model_config(
@@ -62,6 +64,45 @@ MODELS = {
         )
     ),
 }
+VARYING = {
+    "elastic": model_config(
+        elastic={"k_max": 4, "budget": 5},
+        capacity={"factor": 0.8, "policy": "score", "minimum": 0},
+    ),
+    "token_elastic": model_config(
+        elastic={"k_max": 3, "k_ideal": 5, "granularity": "token", "normalize": False},
+        losses={"load_balance_weight": 0.1, "load_balance_scope": "sequence"},
+    ),
+    "top_p": model_config(
+        router={"name": "top_p", "p": 0.5, "controller": {"target_k": 3}},
+        capacity={"factor": 1.0, "minimum": 0},
+    ),
+}
+
+
+def infinite_config(**infinite: object) -> ModelConfig:
+    section = {"ffn_dim": 64, "latent_dim": 4, **infinite}
+    return ModelConfig.model_validate(
+        {**MODEL, "moe": {"num_dense_layers": 1, "infinite": section}}
+    )
+
+
+INFINITE = {
+    "neuron": infinite_config(),
+    "block": infinite_config(granularity="block", block_size=8, mask="hard"),
+    "deep": infinite_config(
+        router={"name": "mixture", "components": 2}, deep={"latent": "hierarchical"}
+    ),
+}
+INFINITE_LAYOUTS = {
+    ("neuron", 1): [(1, 0, "full")],
+    ("neuron", 2): [(1, 0, "none"), (1, 2, "none"), (1, 3, "full")],
+    ("block", 1): [(1, 0, "selective")],
+    ("block", 2): [(1, 2, "none"), (2, 3, "full")],
+    ("block", 4): [(4, 0, "none"), (2, 3, "none")],
+    ("deep", 2): [(1, 3, "none")],
+}
+MODELS = FIXED | VARYING | INFINITE
 
 
 def micro_batches(step: int) -> list[MicroBatch]:
@@ -116,13 +157,13 @@ def train(
         batches = micro_batches(step)[dims.rank :: dims.world_size]
         result = engine.forward_backward(batches, position(step))
         for name, parameter in engine.model.named_parameters():
-            seen[f"{step}.grad.{name}"] = full(engine._global(name, parameter.grad))
+            seen[f"{step}.grad.{name}"] = full(global_view(name, parameter.grad, dims))
         seen[f"{step}.norm"] = torch.tensor(engine.clip(OPTIM.max_grad_norm), dtype=torch.float64)
         seen[f"{step}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
         for name, value in result.aux_losses.items():
             seen[f"{step}.{name}"] = torch.tensor(value, dtype=torch.float64)
         seen[f"{step}.counts"], seen[f"{step}.dropped"] = result.counts_LE, result.dropped_L
-        engine.step(OPTIM.lr, result.counts_LE)
+        engine.step(OPTIM.lr, result)
     return seen | {name: full(tensor) for name, tensor in engine.state().items()}
 
 
@@ -163,10 +204,10 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
             GLOBAL_BATCH,
             len(batches),
         )
-        contexts = [plain_context(batch, step, totals) for batch in batches]
+        contexts = [plain_context(config, batch, step, totals) for batch in batches]
         first = forward_all(model, batches, contexts, torch.ones(2, 8, dtype=torch.int64))
         counts = sum(torch.stack([m.stats.counts_E for m in output.moe]) for output in first)
-        contexts = [plain_context(batch, step, totals) for batch in batches]
+        contexts = [plain_context(config, batch, step, totals) for batch in batches]
         outputs = forward_all(model, batches, contexts, counts)
         loss = (
             sum(
@@ -196,9 +237,14 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         for layer, load in zip(model.moe_layers, counts.double(), strict=True):
-            layer.router.expert_bias_E += ROUTER["bias_update_rate"] * torch.sign(
-                load.mean() - load
-            )
+            if config.moe.infinite:
+                continue
+            if config.moe.router.name == "top_p":
+                layer.end_step(load, totals.num_tokens)
+            else:
+                layer.router.expert_bias_E += ROUTER["bias_update_rate"] * torch.sign(
+                    load.mean() - load
+                )
     seen |= {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     seen |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     for name, parameter in model.named_parameters():
@@ -207,13 +253,21 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
     return seen
 
 
-def plain_context(batch: MicroBatch, step: int, totals: BatchTotals) -> MoEContext:
+def plain_context(
+    config: ModelConfig, batch: MicroBatch, step: int, totals: BatchTotals
+) -> MoEContext:
     token_ids = batch.sample_ids_B[:, None] * SEQ_LEN + torch.arange(SEQ_LEN)
+    elastic, k_L = config.moe.elastic, None
+    if elastic is not None:
+        draw = ElasticK(elastic, num_layers=len(config.moe_layers), seed=3)
+        k_L = draw.k_L(step, batch.index, token_ids.flatten())
     return MoEContext(
         seq_len=SEQ_LEN,
         valid_T=batch.valid_BS.flatten(),
         token_ids_T=token_ids.flatten(),
         totals=totals,
+        k_L=k_L,
+        k_ideal=elastic.k_ideal if elastic else None,
         seed=3,
         step=step,
         micro_batch=batch.index,
@@ -238,11 +292,21 @@ def layouts(world_size: int) -> list[tuple[int, int, str]]:
     return [*result, (last_ep, last_stage, "selective"), (last_ep, last_stage, "full")]
 
 
+def layouts_of(name: str, world_size: int) -> list[tuple[int, int, str]]:
+    """Every layout; those that divide the most for what varies in its routing alone."""
+    every = layouts(world_size)
+    if name in FIXED:
+        return every
+    if name in INFINITE:
+        return INFINITE_LAYOUTS.get((name, world_size), [])
+    return [every[-3], every[-1]] if world_size < 4 else []
+
+
 def all_layouts(world_size: int) -> dict[str, dict[str, Tensor]]:
     """Train every model under every layout of this world."""
     results = {}
     for name, config in MODELS.items():
-        for layout in layouts(world_size):
+        for layout in layouts_of(name, world_size):
             results[f"{name} {layout}"] = train(config, *layout, collapse=False)
     results[f"collapsed {layouts(world_size)[-1]}"] = train(
         MODELS["global"], *layouts(world_size)[-1], collapse=True
@@ -266,7 +330,7 @@ def test_every_layout_equals_the_plain_process(world_size, references) -> None:
         results = all_layouts(1)
     else:
         results = run_distributed(all_layouts, world_size, world_size, timeout=240)[0]
-    assert len(results) == len(MODELS) * len(layouts(world_size)) + 1
+    assert len(results) == sum(len(layouts_of(name, world_size)) for name in MODELS) + 1
     for label, seen in results.items():
         expected = references[label.split()[0]]
         assert seen.keys() == expected.keys()
@@ -281,3 +345,15 @@ def test_the_collapsed_case_is_what_it_says(references) -> None:
         assert (counts[:, 2:] == 0).all(), "an expert beyond the first two got a token"
     starved = references["starved"]
     assert torch.equal(starved["0.dropped"], starved["0.counts"].sum(1))
+
+
+def test_the_number_of_experts_does_vary(references) -> None:
+    num_tokens = sum(int(batch.valid_BS.sum()) for batch in micro_batches(0))
+    elastic, per_token, top_p = (references[name] for name in VARYING)
+    for step in range(num_steps(collapse=False)):
+        slots = elastic[f"{step}.counts"].sum(1)
+        assert slots[0] != slots[1]
+        assert slots.sum() == 5 * num_tokens, "the budget"
+        assert elastic[f"{step}.dropped"].sum() > 0
+        assert (per_token[f"{step}.counts"].sum(1) % num_tokens != 0).all()
+    assert top_p["model.layers.1.moe.router.p_shift"] != 0

@@ -24,12 +24,12 @@ def copied_gradients(engine: NativeEngine) -> dict[str, Tensor]:
 def test_clip_is_that_of_torch(share: float) -> None:
     ours, theirs = (small_engine(precision="fp64") for _ in range(2))
     for engine in (ours, theirs):
-        counts_LE = gradients(engine).counts_LE
+        result = gradients(engine)
     norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.model.parameters()]).item()
     assert ours.clip(share * norm) == pytest.approx(norm, rel=1e-12)
     torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), share * norm)
     for engine in (ours, theirs):
-        engine.step(LR, counts_LE)
+        engine.step(LR, result)
     for name, value in whole_state(theirs).items():
         # torch adds 1e-6 to the norm.
         torch.testing.assert_close(whole_state(ours)[name], value, rtol=1e-4, atol=1e-9)
@@ -98,7 +98,7 @@ def test_fp16_skips_an_overflow_and_recovers() -> None:
     for name, value in copied_gradients(exact).items():
         error = (copied_gradients(engine)[name] - value).norm()
         assert error <= 0.05 * value.norm() + 1e-6, name
-    engine.step(LR, result.counts_LE)
+    engine.step(LR, result)
     losses = train(engine, steps=3, first=1)
     assert all(map(math.isfinite, losses))
 
