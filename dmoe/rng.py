@@ -2,11 +2,13 @@
 
 Nothing is drawn from a global generator, so a value does not depend on what was drawn before it,
 on the rank that draws it, or on whether it is drawn a second time under recomputation or after a
-resume. Streams in use: "init", "data", "blend", "router_jitter", "sample"
+resume. Streams in use: "init", "data", "blend", "k" (elastic), "co_activation",
+"router_jitter", "infinite" and "infinite_choice" (samples of a continuous space), "sample"
 (generation).
 """
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -50,6 +52,28 @@ def token_uniform(key: int, token_ids: Tensor, num: int) -> Tensor:
     z = _wrap(key) + counter * _wrap(0x9E3779B97F4A7C15)
     z = _mix(z ^ _wrap(key >> 64))
     return _shift(z, 40).to(torch.float32) * 2.0**-24
+
+
+def token_normal(key: int, token_ids: Tensor, num: int) -> Tensor:
+    """Draw standard normal numbers for each token from the token's global id alone.
+
+    Two numbers come from two uniform ones by Box and Muller (1958). Logarithm and cosine may differ
+    between devices in the last bit of float64; rounded to float32, hardly one result in 10^8 does.
+
+    Args:
+        key: a `stream_key`.
+        token_ids: (T,) int64 ids, unique in the stream's step.
+        num: numbers per token.
+
+    Returns:
+        (T, num) float32, below 5.8 in magnitude.
+    """
+    half = -(-num // 2)
+    uniform = token_uniform(key, token_ids, 2 * half).double()
+    radius = (-2 * torch.log1p(-uniform[:, :half])).sqrt()
+    angle = 2 * math.pi * uniform[:, half:]
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return normal[:, :num].float()
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Capacity is a policy on the routing, not a way to execute it: a dropped slot becomes -1 and the
 token's residual carries it on (Switch, arXiv 2101.03961, eq. 3; GShard, arXiv 2006.16668, section
-2.2). Shapes: T tokens, E experts, K slots per token.
+2.2). Shapes: T tokens, E experts, K slots per token, G groups of tokens.
 """
 
 from typing import Literal
@@ -16,7 +16,10 @@ from dmoe.moe.routing import MoEContext, Routing
 
 
 class CapacityConfig(ConfigModel):
-    """Limits the slots an expert serves: capacity = factor x K x tokens / E, rounded up."""
+    """Limits the slots an expert serves: capacity = factor x slots / E, rounded up.
+
+    The slots are those that the tokens of the group ask for: K a token, where all have K.
+    """
 
     factor: PositiveFloat
     """1 leaves room for perfect balance only; Switch and ST-MoE train with 1.25."""
@@ -60,12 +63,9 @@ def keep_within_capacity(routing: Routing, config: CapacityConfig, context: MoEC
     sorted_bins, order = bins.sort(stable=True)
     counts = torch.bincount(bins, minlength=num_bins + 1)
     rank = torch.arange(len(bins), device=bins.device) - (counts.cumsum(0) - counts)[sorted_bins]
-    kept = (
-        rank
-        < _capacity(config, context, group_T, top_k, num_experts)[
-            sorted_bins.clamp(max=num_bins - 1) // num_experts
-        ]
-    )
+    slots_G = counts[:num_bins].view(-1, num_experts).sum(1)
+    capacity_G = (config.factor * slots_G.double() / num_experts).ceil().clamp(min=config.minimum)
+    kept = rank < capacity_G[sorted_bins.clamp(max=num_bins - 1) // num_experts]
     kept_TK = torch.empty_like(used_TK.flatten())
     kept_TK[preference[order]] = kept
     return ids_TK.masked_fill(~kept_TK.view_as(ids_TK), -1)
@@ -80,10 +80,9 @@ def keep_within_capacity_loop(
     group_size = context.seq_len if config.group == "sequence" else num_tokens
     for start in range(0, num_tokens, group_size or 1):
         tokens = range(start, start + group_size)
-        valid = [t for t in tokens if context.valid_T is None or context.valid_T[t]]
-        wanted = config.factor * top_k * len(valid) / num_experts
-        capacity = max(config.minimum, -int(-wanted // 1))
         slots = [(t, k) for k in range(top_k) for t in tokens if ids_TK[t, k] >= 0]
+        wanted = config.factor * len(slots) / num_experts
+        capacity = max(config.minimum, -int(-wanted // 1))
         if config.policy == "score":
             slots = sorted(
                 sorted(slots), key=lambda slot: routing.weights_TK[slot].item(), reverse=True
@@ -96,13 +95,3 @@ def keep_within_capacity_loop(
             else:
                 served[expert] += 1
     return ids_TK
-
-
-def _capacity(
-    config: CapacityConfig, context: MoEContext, group_T: Tensor, top_k: int, num_experts: int
-) -> Tensor:
-    """Return the capacity of each group, from the tokens in it that are not padding."""
-    weights = None if context.valid_T is None else context.valid_T.double()
-    tokens_per_group = torch.bincount(group_T, weights=weights).double()
-    wanted = config.factor * top_k * tokens_per_group / num_experts
-    return wanted.ceil().clamp(min=config.minimum)

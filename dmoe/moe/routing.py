@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmoe.config.base import ConfigError
+
 
 class Routing(NamedTuple):
     """A router's decision; a slot of -1 is unused, so each token may use its own number."""
@@ -24,6 +26,8 @@ class Routing(NamedTuple):
     """(T, E) float32 router output."""
     counts_E: Tensor
     """(E,) int64 slots that the router gave each expert, before any capacity."""
+    sums: dict[str, Tensor]
+    """What else the router tells of itself, as in `MoEStats.sums`."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,26 @@ class MoEContext:
     k_L: tuple[int | Tensor, ...] | None = None
     """Experts per token in each MoE layer: one number, or (T,) int64 with one for each token; None
     for the router's own."""
+    k_ideal: int | None = None
+    """In training, draw a token's experts at random from so many best; None to take the best."""
+    gate_threshold: float = 0.0
+    """In [0, 1); a token skips the chosen experts whose score is below this share of its largest.
+    At inference only."""
+    samples: int | None = None
+    """Experts drawn for each token of a continuous space; None for the layer's own number. At
+    inference only."""
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
     layer: int = 0
     replay: Replay = field(default_factory=Replay)
+
+    def __post_init__(self) -> None:
+        check_gate_threshold(self.gate_threshold)
+        if self.gate_threshold and self.training:
+            raise ConfigError(
+                f"a gate threshold of {self.gate_threshold} is for inference: set it to 0 to train"
+            )
 
     @property
     def training(self) -> bool:
@@ -101,11 +120,25 @@ class MoEContext:
         return self.replay(self.layer, name, decide)
 
 
+def check_gate_threshold(threshold: float) -> None:
+    """Check that a threshold is a share of the largest score that the largest itself reaches.
+
+    Raises:
+        ConfigError: it is not in [0, 1).
+    """
+    if not 0 <= threshold < 1:
+        raise ConfigError(
+            f"gate threshold = {threshold} is not in [0, 1): 0 skips no expert, and at 1 or above "
+            f"a token would skip its best"
+        )
+
+
 def make_routing(
     logits_TE: Tensor,
     scores_TE: Tensor,
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
+    sums: dict[str, Tensor] | None = None,
 ) -> Routing:
     """Complete a routing: zero the weights of unused slots and count the slots of each expert."""
     used_TK = expert_ids_TK >= 0
@@ -115,6 +148,7 @@ def make_routing(
         scores_TE,
         logits_TE,
         count_slots(expert_ids_TK, logits_TE.shape[1]),
+        sums or {},
     )
 
 

@@ -19,8 +19,20 @@ class MoEStats(NamedTuple):
     """(E,) int64 slots that the router gave each expert."""
     dropped: Tensor
     """() int64 slots that found no capacity."""
-    entropy: Tensor
-    """() router entropy, each token's divided by log E."""
+    sums: dict[str, Tensor]
+    """() each, whatever else a layer tells of itself, by name; a layer of the same configuration
+    tells the same. `entropy` is that of a token's router scores, divided by log E. Where there is
+    NAME and NAME_square, the metrics have the standard deviation, too."""
+
+
+class MoEOutput(NamedTuple):
+    """What a layer returns beside y."""
+
+    losses: dict[str, Tensor]
+    """Unweighted auxiliary losses, in training only; a micro-batch's share of the global
+    batch's."""
+    stats: MoEStats
+    """Sums for the metrics and the selection bias."""
 
 
 @torch.no_grad()
@@ -31,4 +43,4 @@ def measure(routing: Routing, num_served: Tensor, context: MoEContext) -> MoESta
     if context.valid_T is not None:
         entropy_T = entropy_T * context.valid_T
     dropped = routing.counts_E.sum() - num_served
-    return MoEStats(routing.counts_E, dropped, entropy_T.sum())
+    return MoEStats(routing.counts_E, dropped, {"entropy": entropy_T.sum(), **routing.sums})

@@ -113,6 +113,17 @@ def test_capacity_by_hand(factor, minimum, num_kept) -> None:
     assert kept_TK.flatten().tolist() == [0] * num_kept + [-1] * (8 - num_kept)
 
 
+@pytest.mark.parametrize(("k_of_token", "num_kept"), [([1] * 8, 2), ([2] * 8, 4), ([1, 3] * 4, 4)])
+def test_capacity_follows_the_number_of_slots(k_of_token, num_kept) -> None:
+    """8 tokens, 4 experts, factor 1: 8 slots make a capacity of 2, 16 slots one of 4."""
+    place_K = torch.arange(3)
+    ids_TK = place_K.expand(8, 3).masked_fill(place_K >= torch.tensor(k_of_token)[:, None], -1)
+    config = CapacityConfig(factor=1.0, minimum=0)
+    routing = routing_of(ids_TK, torch.ones(8, 3), num_experts=4)
+    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=8))
+    assert (kept_TK == 0).sum() == num_kept
+
+
 def test_sequences_do_not_share_capacity() -> None:
     """A sequence is served alike alone and beside another."""
     ids_TK, weights_TK = random_ids(0, 2)

@@ -17,11 +17,11 @@ def test_sums_by_hand() -> None:
     stats = measure(routing, torch.tensor(3), context)
     assert stats.counts_E.tolist() == [2, 1, 0, 1]
     assert stats.dropped == 1
-    assert stats.entropy.item() == pytest.approx(1 + math.log(2) / math.log(4))
+    assert stats.sums["entropy"].item() == pytest.approx(1 + math.log(2) / math.log(4))
 
 
 def test_one_expert_has_no_entropy() -> None:
     routing = make_routing(
         torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     )
-    assert measure(routing, torch.tensor(2), MoEContext(seq_len=2)).entropy == 0
+    assert measure(routing, torch.tensor(2), MoEContext(seq_len=2)).sums["entropy"] == 0

@@ -7,8 +7,9 @@ from pydantic import Field
 from dmoe.moe.routers.base import Router, RouterGate
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
+from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
 
-RouterConfig = Annotated[TopKConfig | ForcedBalanceConfig, Field(discriminator="name")]
+RouterConfig = Annotated[TopKConfig | TopPConfig | ForcedBalanceConfig, Field(discriminator="name")]
 
 __all__ = [
     "ForcedBalanceConfig",
@@ -18,4 +19,6 @@ __all__ = [
     "RouterGate",
     "TopKConfig",
     "TopKRouter",
+    "TopPConfig",
+    "TopPRouter",
 ]

@@ -3,22 +3,71 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.base import ConfigModel
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.ops import router_gate
 
 
+class RouterSection(ConfigModel):
+    """What a model knows of its router before it is built; the base of every router's section."""
+
+    name: str
+    """By which it is chosen."""
+
+    takes_k: ClassVar[bool] = True
+    """Whether the context may say how many experts a token uses; not where experts choose."""
+    takes_gate_threshold: ClassVar[bool] = False
+    """Whether experts are chosen by score, so that a token may skip those of small score, or take a
+    random subset of its best."""
+
+    @property
+    def fixed_k(self) -> int | None:
+        """Experts of every token where the context does not say; None where tokens differ."""
+        raise NotImplementedError
+
+    def limits(self) -> dict[str, float | None]:
+        """Return what must not be above the number of experts, by the keys of `model.moe`."""
+        return {"router.top_k": self.fixed_k}
+
+    def nominal_k(self, num_experts: int) -> float:
+        """Return the experts per token by which a model is counted, where it has `num_experts`."""
+        assert self.fixed_k is not None, "where tokens differ, the router tells its own"
+        return self.fixed_k
+
+    def most_k(self, num_experts: int) -> int:
+        """Return the most experts that a token may have where the context does not say."""
+        assert self.fixed_k is not None, "where tokens differ, the router tells its own"
+        return self.fixed_k
+
+    def build(self, *, dim: int, num_experts: int) -> "Router":
+        """Build the router."""
+        raise NotImplementedError
+
+
 class Router(nn.Module):
-    """Decides which experts each token goes to, and with what weights."""
+    """Decides which experts each token goes to, and with what weights.
+
+    Its submodule `gate` holds its parameters and computes in float32 at least.
+    """
+
+    gate: nn.Module
 
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         raise NotImplementedError
 
-    def end_step(self, counts_E: Tensor) -> None:
-        """Adapt to the slots that each expert got in a training step, over the global batch."""
+    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
+        """Adapt to a training step.
+
+        Args:
+            counts_E: (E,) slots that each expert got over the global batch.
+            num_tokens: tokens of the global batch that are not padding.
+        """
 
 
 class RouterGate(nn.Module):

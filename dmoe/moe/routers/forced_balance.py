@@ -1,7 +1,8 @@
 """A router that gives every expert the same load, whatever the tokens are: for benchmarks.
 
-Token t takes the experts t K, t K + 1, ... modulo E; the gates are those of a softmax over the
-choice, so that the work is that of a real router. Not a way to train a model that is to be used.
+Token t takes the experts t K, t K + 1, ... modulo E, or goes on where the token before it ended if
+each has a number of its own. The gates are those of a softmax over the choice, so that the work is
+that of a real router. Not a way to train a model that is to be used.
 """
 
 from typing import Literal
@@ -10,18 +11,23 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from dmoe.config.base import ConfigModel
-from dmoe.moe.routers.base import Router, RouterGate
+from dmoe.moe.routers.base import Router, RouterGate, RouterSection
+from dmoe.moe.routers.choice import most_slots, softmax_over_choice
 from dmoe.moe.routing import MoEContext, Routing, make_routing
 
 
-class ForcedBalanceConfig(ConfigModel):
+class ForcedBalanceConfig(RouterSection):
     """Perfect balance by construction, for measuring speed."""
 
     name: Literal["forced_balance"]
     """Equal load whatever the tokens are."""
     top_k: PositiveInt = 2
     """Experts per token."""
+
+    @property
+    def fixed_k(self) -> int:
+        """Experts of every token where the context does not say."""
+        return self.top_k
 
     def build(self, *, dim: int, num_experts: int) -> "ForcedBalanceRouter":
         """Build the router."""
@@ -40,9 +46,12 @@ class ForcedBalanceRouter(Router):
         """Route each token of `x_TD`, (T, D), by its place alone."""
         logits_TE = self.gate(x_TD)
         num_tokens, num_experts = logits_TE.shape
-        slots_TK = torch.arange(num_tokens * self.config.top_k, device=x_TD.device)
-        ids_TK = (slots_TK % num_experts).view(num_tokens, self.config.top_k)
-        weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
+        k = self.config.top_k if context.k is None else context.k
+        k_T = torch.as_tensor(k, device=x_TD.device).expand(num_tokens)
+        place_K = torch.arange(most_slots(k), device=x_TD.device)
+        ids_TK = (k_T.cumsum(0) - k_T)[:, None] + place_K
+        ids_TK = (ids_TK % num_experts).masked_fill(place_K >= k_T[:, None], -1)
+        weights_TK = softmax_over_choice(ids_TK, logits_TE)
         if context.valid_T is not None:
             ids_TK = ids_TK.masked_fill(~context.valid_T[:, None], -1)
         return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK)

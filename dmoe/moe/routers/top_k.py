@@ -5,22 +5,23 @@ over it (Mixtral), or sigmoid scores with a selection bias (DeepSeek-V3, arXiv 2
 12-16).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from dmoe.config.base import ConfigModel
 from dmoe.moe.expert_bias import update_expert_bias
-from dmoe.moe.routers.base import Router, RouterGate
+from dmoe.moe.routers.base import Router, RouterGate, RouterSection
+from dmoe.moe.routers.choice import choose, divided_by_sum, scores_of, softmax_over_choice
 from dmoe.moe.routing import MoEContext, Routing, make_routing
-from dmoe.ops import top_k_ids
 from dmoe.rng import stream_key, token_uniform
 
 
-class TopKConfig(ConfigModel):
+class TopKConfig(RouterSection):
     """Each token goes to its `top_k` best experts."""
+
+    takes_gate_threshold: ClassVar[bool] = True
 
     name: Literal["top_k"] = "top_k"
     """Token-choice top-k routing."""
@@ -39,6 +40,11 @@ class TopKConfig(ConfigModel):
     """The router's input is multiplied by U(1 - jitter, 1 + jitter) in training (Switch: 0.01)."""
     bias_update_rate: NonNegativeFloat = 0.0
     """Step of the loss-free balancing bias, 0 to have none (DeepSeek-V3: 0.001)."""
+
+    @property
+    def fixed_k(self) -> int:
+        """Experts of every token where the context does not say."""
+        return self.top_k
 
     def build(self, *, dim: int, num_experts: int) -> "TopKRouter":
         """Build the router."""
@@ -70,40 +76,23 @@ class TopKRouter(Router):
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""
         k = self.config.top_k if context.k is None else context.k
-        num_slots = k if isinstance(k, int) else int(k.max())
-        ids_TK = top_k_ids(scores_TE + self.expert_bias_E, num_slots)
-        if isinstance(k, Tensor):
-            place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
-            ids_TK = ids_TK.masked_fill(place_K >= k[:, None], -1)
-        if context.valid_T is None:
-            return ids_TK
-        return ids_TK.masked_fill(~context.valid_T[:, None], -1)
+        return choose(scores_TE + self.expert_bias_E, scores_TE, k, context)
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Return the (T, K) gates of the chosen experts, 0 in unused slots."""
-        used_TK, ids_TK = ids_TK >= 0, ids_TK.clamp(min=0)
         if self.config.order == "select_then_score" and self.config.score == "softmax":
-            # Finite, as a token without experts would else divide 0 by 0.
-            logits_TK = logits_TE.gather(1, ids_TK).masked_fill(~used_TK, -1e30)
-            weights_TK = logits_TK.softmax(-1)
+            weights_TK = softmax_over_choice(ids_TK, logits_TE)
         else:
             # A sigmoid does not depend on the other experts, so its order makes no difference.
-            weights_TK = scores_TE.gather(1, ids_TK)
-        weights_TK = weights_TK.masked_fill(~used_TK, 0)
+            weights_TK = scores_of(ids_TK, scores_TE)
         if self.config.normalize:
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
 
-    def end_step(self, counts_E: Tensor) -> None:
+    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
         """Move the selection bias, if it has a rate, against the load of the step."""
         if self.config.bias_update_rate:
             update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)
-
-
-def divided_by_sum(scores: Tensor) -> Tensor:
-    """Divide each row by its sum."""
-    # Sigmoid scores may all vanish; this keeps 0 / 0 out, and infinity out of the gradient.
-    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def jittered(x_TD: Tensor, jitter: float, context: MoEContext) -> Tensor:

@@ -26,3 +26,17 @@ def test_padding_goes_nowhere() -> None:
     routing = router(torch.randn(3, 3), MoEContext(seq_len=3, valid_T=valid_T))
     assert routing.expert_ids_TK.tolist() == [[0, 1], [-1, -1], [0, 1]]
     assert routing.weights_TK[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("k", [1, 3, torch.tensor([2, 1, 4, 1, 3, 2])])
+def test_it_obeys_the_context(k) -> None:
+    """The tokens are dealt to the experts in turn, whatever number each of them takes."""
+    router = ForcedBalanceConfig(name="forced_balance").build(dim=3, num_experts=4)
+    torch.nn.init.normal_(router.gate.weight)
+    routing = router(torch.randn(6, 3), MoEContext(seq_len=6, k_L=(k,)))
+    ids_TK = routing.expert_ids_TK
+    k_T = torch.as_tensor(k).expand(6)
+    assert torch.equal((ids_TK >= 0).sum(1), k_T)
+    assert ids_TK[ids_TK >= 0].tolist() == [slot % 4 for slot in range(int(k_T.sum()))]
+    torch.testing.assert_close(routing.weights_TK.sum(1), torch.ones(6))
+    assert not routing.weights_TK[ids_TK < 0].any()

@@ -152,9 +152,9 @@ def test_the_balancing_bias_selects_but_does_not_weigh() -> None:
 def test_end_step_moves_the_bias_if_it_has_a_rate() -> None:
     counts_E = torch.tensor([9, 1, 5, 5, 5, 5])
     without, with_bias = build(), build(bias_update_rate=0.5)
-    without.end_step(counts_E)
+    without.end_step(counts_E, 15)
     assert without.state_dict()["expert_bias_E"].tolist() == [0.0] * EXPERTS
-    with_bias.end_step(counts_E)
+    with_bias.end_step(counts_E, 15)
     assert with_bias.state_dict()["expert_bias_E"].tolist() == [-0.5, 0.5, 0, 0, 0, 0]
 
 
