@@ -1,8 +1,9 @@
 """Mixture-of-Experts layers: routers, capacity, dispatch, experts, losses."""
 
-from dmoe.moe.layer import MoEConfig, MoELayer, MoEOutput
+from dmoe.moe.base import SparseLayer
+from dmoe.moe.layer import MoEConfig, MoELayer
 from dmoe.moe.routing import BatchTotals, MoEContext, Routing
-from dmoe.moe.stats import MoEStats
+from dmoe.moe.stats import MoEOutput, MoEStats
 
 __all__ = [
     "BatchTotals",
@@ -12,4 +13,5 @@ __all__ = [
     "MoEOutput",
     "MoEStats",
     "Routing",
+    "SparseLayer",
 ]

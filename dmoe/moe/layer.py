@@ -3,19 +3,27 @@
 Shapes: T tokens, D model dim, E experts, e local experts, K slots per token, R routed rows.
 """
 
-from typing import NamedTuple
-
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from dmoe.config.base import ConfigError, ConfigModel
+from dmoe.moe.base import SparseLayer
 from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.dispatch import DispatchName, build_dispatcher
+from dmoe.moe.elastic import ElasticConfig
 from dmoe.moe.experts import FeedForward, GroupedExperts
+from dmoe.moe.infinite import (
+    DeepNeuronLayer,
+    InfiniteConfig,
+    InfiniteSection,
+    NeuronLayer,
+    check_infinite,
+)
 from dmoe.moe.losses import LossesConfig, load_balance_loss, z_loss
 from dmoe.moe.routers import RouterConfig, TopKConfig
+from dmoe.moe.routers.base import Router, RouterSection
 from dmoe.moe.routing import MoEContext, Routing
-from dmoe.moe.stats import MoEStats, measure
+from dmoe.moe.stats import MoEOutput, measure
 from dmoe.ops import Activation, Backend
 from dmoe.parallel import ParallelDims, all_reduce_sum
 
@@ -27,52 +35,166 @@ class MoEConfig(ConfigModel):
     """Every n-th layer is a MoE layer: layer i (from 0) where i + 1 is a multiple of n."""
     num_dense_layers: NonNegativeInt = 0
     """The first layers that stay dense all the same (DeepSeekMoE: 1, DeepSeek-V3: 3)."""
-    num_experts: PositiveInt
-    """Routed experts of a layer."""
-    expert_ffn_dim: PositiveInt
-    """Hidden width of one expert."""
+    num_experts: PositiveInt | None = None
+    """Routed experts of a layer; null where `infinite` has a width of its own."""
+    expert_ffn_dim: PositiveInt | None = None
+    """Hidden width of one expert; null where `infinite` has a width of its own."""
     num_shared_experts: NonNegativeInt = 0
     """Experts that see every token, run as one network of this many times the expert width."""
     router: RouterConfig = Field(default_factory=TopKConfig)
-    """How tokens choose experts."""
+    """How tokens choose experts; not used with `infinite`, which has a router of its own."""
+    infinite: InfiniteConfig | None = None
+    """A continuous space of experts in place of a number of them; null for `num_experts`."""
+    elastic: ElasticConfig | None = None
+    """Train with a varying number of experts per token; null for the router's own number."""
     capacity: CapacityConfig | None = None
     """Limit on the tokens of an expert; null for dropless."""
     losses: LossesConfig = Field(default_factory=LossesConfig)
-    """Auxiliary losses."""
+    """Auxiliary losses; with `infinite` none is on unless it is given."""
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
-    """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" one product an expert;
-    "auto" is "loop" on a CPU with fewer than 64 experts a rank, where it is the faster, and "torch"
-    elsewhere."""
+    """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" one expert after the
+    other, "triton" the kernels of `kernels/`, which no GPU has run yet. "auto" is "loop" on a CPU
+    with fewer than 64 experts a rank, where it is the faster, and "torch" elsewhere."""
 
     @model_validator(mode="after")
-    def _top_k_within_experts(self) -> "MoEConfig":
-        if self.router.top_k > self.num_experts:
-            raise ConfigError(
-                f"router.top_k = {self.router.top_k} is more than num_experts = "
-                f"{self.num_experts}: a token has that many experts at most; change either key",
-                key="router.top_k",
-            )
+    def _has_experts(self) -> "MoEConfig":
+        if self.infinite is not None:
+            if "losses" not in self.model_fields_set:
+                # The section is frozen for those who use it, and this is still its making.
+                object.__setattr__(self, "losses", LossesConfig(load_balance_weight=0.0))
+            check_infinite(self.infinite, self)
+            return self
+        for key in ("num_experts", "expert_ffn_dim"):
+            if getattr(self, key) is None:
+                raise ConfigError(
+                    f"{key} is missing: give a number, or a section infinite for a continuous "
+                    f"space of experts",
+                    key=key,
+                )
         return self
+
+    @model_validator(mode="after")
+    def _k_within_experts(self) -> "MoEConfig":
+        if self.infinite is not None:
+            return self
+        limits = self.router.limits()
+        if self.elastic is not None:
+            k_max, k_ideal = self.elastic.k_max, self.elastic.k_ideal
+            limits |= {"elastic.k_max": k_max, "elastic.k_ideal": k_ideal}
+        for key, k in limits.items():
+            if k is not None and k > self.experts:
+                raise ConfigError(
+                    f"{key} = {k} is more than num_experts = {self.experts}: a token has that "
+                    f"many experts at most; change either key",
+                    key=key,
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _router_is_elastic(self) -> "MoEConfig":
+        elastic, router = self.elastic, self.router
+        if elastic is None:
+            return self
+        for key, holds, reason in (
+            ("elastic", not router.takes_k, "there the experts choose, so no token has a set k"),
+            ("elastic", router.fixed_k is None, "it gives each token a k of its own"),
+            (
+                "elastic.k_ideal",
+                elastic.k_ideal is not None and not router.takes_gate_threshold,
+                "it does not choose by score, so there are no best to draw from",
+            ),
+            (
+                "elastic.normalize",
+                elastic.normalize is not None and not hasattr(router, "normalize"),
+                "its gates have no such choice",
+            ),
+        ):
+            if holds:
+                raise ConfigError(
+                    f"{key} does not go with router.name = {router.name}: {reason}; leave {key} "
+                    f"out, or choose router.name: top_k",
+                    key=key,
+                )
+        return self
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer, as routing counts them; its blocks or neurons with `infinite`."""
+        if self.infinite is None:
+            assert self.num_experts is not None
+            return self.num_experts
+        if self.infinite.granularity == "block":
+            return self.space_width // self.expert_width
+        return self.space_width * len(self.infinite.fractions)
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert: of a continuous space that of a block, or 1."""
+        if self.infinite is None:
+            width = self.expert_ffn_dim
+        elif self.infinite.granularity == "block":
+            width = self.infinite.block_size or self.expert_ffn_dim
+        else:
+            width = 1
+        assert width is not None
+        return width
+
+    @property
+    def space_width(self) -> int:
+        """Neurons of one layer of a continuous space of experts."""
+        assert self.infinite is not None
+        if self.infinite.ffn_dim is not None:
+            return self.infinite.ffn_dim
+        assert self.num_experts is not None
+        assert self.expert_ffn_dim is not None
+        return self.num_experts * self.expert_ffn_dim
+
+    @property
+    def num_shards(self) -> int:
+        """Experts of a layer that expert parallelism divides: none of single neurons."""
+        is_dense = self.infinite is not None and self.infinite.granularity == "neuron"
+        return 0 if is_dense else self.experts
+
+    @property
+    def used_router(self) -> RouterSection:
+        """The router as it is built: with the normalisation that `elastic` asks for."""
+        if self.infinite is not None:
+            return InfiniteSection(infinite=self.infinite)
+        if self.elastic is None or self.elastic.normalize is None:
+            return self.router
+        return self.router.model_copy(update={"normalize": self.elastic.normalize})
+
+    @property
+    def most_k(self) -> int:
+        """The most experts that a token has in training."""
+        return self.elastic.k_max if self.elastic else self.used_router.most_k(self.experts)
+
+    def mean_k(self, num_layers: int) -> float:
+        """Return the mean number of experts per token in training, over `num_layers` MoE layers."""
+        if self.elastic is not None:
+            return self.elastic.mean_k(num_layers)
+        return self.used_router.nominal_k(self.experts)
+
+    def build(
+        self, *, dim: int, activation: Activation, dims: ParallelDims | None = None
+    ) -> SparseLayer:
+        """Build a layer; it holds this rank's share of the experts."""
+        if self.infinite is None or self.infinite.granularity == "block":
+            return MoELayer(self, dim=dim, activation=activation, dims=dims)
+        layer = NeuronLayer if self.infinite.deep is None else DeepNeuronLayer
+        return layer(self.infinite, width=self.space_width, dim=dim, activation=activation)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Say whether layer `layer`, counted from 0, is a MoE layer."""
         return layer >= self.num_dense_layers and (layer + 1) % self.every == 0
 
 
-class MoEOutput(NamedTuple):
-    """What a layer returns beside y."""
-
-    losses: dict[str, Tensor]
-    """Unweighted auxiliary losses, in training only; a micro-batch's share of the global
-    batch's."""
-    stats: MoEStats
-    """Sums for the metrics and the selection bias."""
-
-
-class MoELayer(nn.Module):
+class MoELayer(SparseLayer):
     """Experts of which each token uses a few."""
+
+    router: Router
 
     def __init__(
         self,
@@ -86,20 +208,18 @@ class MoELayer(nn.Module):
         dims = dims or ParallelDims()
         self.config = config
         self.world_group = dims.world_group
-        self.router = config.router.build(dim=dim, num_experts=config.num_experts)
-        self.dispatcher = build_dispatcher(
-            config.dispatch, num_experts=config.num_experts, dims=dims
-        )
+        self.router = config.used_router.build(dim=dim, num_experts=config.experts)
+        self.dispatcher = build_dispatcher(config.dispatch, num_experts=config.experts, dims=dims)
         self.experts = GroupedExperts(
-            num_local=len(dims.local_experts(config.num_experts)),
+            num_local=len(dims.local_experts(config.experts)),
             dim=dim,
-            ffn_dim=config.expert_ffn_dim,
+            ffn_dim=config.expert_width,
             activation=activation,
             backend=config.backend,
         )
         self.shared_experts: FeedForward | None = None
         if config.num_shared_experts:
-            width = config.num_shared_experts * config.expert_ffn_dim
+            width = config.num_shared_experts * config.expert_width
             self.shared_experts = FeedForward(dim=dim, ffn_dim=width, activation=activation)
 
     def forward(self, x_TD: Tensor, context: MoEContext) -> tuple[Tensor, MoEOutput]:
@@ -138,9 +258,14 @@ class MoELayer(nn.Module):
             losses["z"] = z_loss(routing.logits_TE, context.totals, context.valid_T)
         return losses
 
-    def end_step(self, counts_E: Tensor) -> None:
-        """Let the router adapt to a training step's slots per expert over the global batch."""
-        self.router.end_step(counts_E)
+    @property
+    def wide_modules(self) -> list[nn.Module]:
+        """What computes in float32 at least, whatever the precision of the model."""
+        return [self.router.gate]
+
+    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
+        """Let the router adapt to a training step's slots per expert and tokens, over all ranks."""
+        self.router.end_step(counts_E, num_tokens)
 
     def _global_counts(self, routing: Routing, context: MoEContext) -> Tensor:
         if context.counts_LE is not None:

@@ -55,7 +55,7 @@ def train_and_save(run: Path, ep: int, engine_section: dict[str, Any]) -> Tensor
     )
     position = StepPosition(0, 0, 2 * dims.world_size, dims.world_size)
     result = engine.forward_backward([batch], position)
-    engine.step(0.01, result.counts_LE)
+    engine.step(0.01, result)
     manager = CheckpointManager(run / "checkpoints", CheckpointConfig())
     tree = config_tree(config)
     manager.save(STEP, engine.state(), {"config": tree}, tree)

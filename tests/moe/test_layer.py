@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer
 from dmoe.moe.capacity import keep_within_capacity_loop
-from dmoe.moe.routers import top_k as top_k_router
+from dmoe.moe.routers import choice
 
 TOKENS, SEQ_LEN, DIM, EXPERTS, FFN = 12, 6, 8, 5, 8
 TOTALS = BatchTotals(num_tokens=10, num_targets=10, num_sequences=2, num_micro_batches=1)
@@ -164,7 +164,7 @@ def test_counts_of_the_global_batch_are_used_where_they_are_known() -> None:
 def test_recompute_gives_the_same_gradients_and_never_routes_again(capacity, monkeypatch) -> None:
     layer = build(capacity=capacity, losses={"load_balance_weight": 0.3, "z_loss_weight": 0.2})
     calls = []
-    choose = top_k_router.top_k_ids
+    choose = choice.top_k_ids
 
     def choose_otherwise_when_asked_again(scores_TE: Tensor, k: int) -> Tensor:
         calls.append(k)
@@ -177,7 +177,7 @@ def test_recompute_gives_the_same_gradients_and_never_routes_again(capacity, mon
         objective = y_TD.square().sum() + sum(output.losses.values())
         return list(torch.autograd.grad(objective, [x_TD, *layer.parameters()]))
 
-    monkeypatch.setattr(top_k_router, "top_k_ids", choose_otherwise_when_asked_again)
+    monkeypatch.setattr(choice, "top_k_ids", choose_otherwise_when_asked_again)
     straight = gradients(layer)
     again = gradients(lambda *arguments: checkpoint(layer, *arguments, use_reentrant=False))
     assert len(calls) == 1
