@@ -7,6 +7,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe import MoEConfig
+from dmoe.moe.routing import check_gate_threshold
 from dmoe.ops import Activation
 
 
@@ -62,8 +63,9 @@ class ModelConfig(ConfigModel):
                 f"head_dim = {self.width_of_head} is odd, but rotary positions turn pairs: make "
                 f"head_dim (or dim / num_heads) even"
             )
-        if self.moe is not None and self.moe.backend != "loop":
-            for key, width in (("dim", self.dim), ("moe.expert_ffn_dim", self.moe.expert_ffn_dim)):
+        if self.moe is not None and self.moe.num_shards and self.moe.backend != "loop":
+            of_expert = "moe.infinite.block_size" if self.moe.infinite else "moe.expert_ffn_dim"
+            for key, width in (("dim", self.dim), (of_expert, self.moe.expert_width)):
                 if width % 8:
                     raise ValueError(
                         f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
@@ -75,6 +77,11 @@ class ModelConfig(ConfigModel):
                 f"= {self.moe.every} and moe.num_dense_layers = {self.moe.num_dense_layers}: lower "
                 f"these, or set moe: null"
             )
+        if self.moe is not None and self.moe.elastic is not None:
+            try:
+                self.moe.elastic.check_layers(len(self.moe_layers))
+            except ConfigError as error:
+                raise ConfigError(str(error), key=f"moe.elastic.{error.key}") from None
         if self.family == "gpt2" and (self.kv_heads != self.num_heads or self.qk_norm != "none"):
             raise ValueError(
                 "family = gpt2 has neither num_kv_heads below num_heads nor qk_norm: unset them or "
@@ -113,12 +120,22 @@ class ModelConfig(ConfigModel):
             k: one number for all MoE layers, or one for each, first layer first.
 
         Raises:
-            ConfigError: the model has no experts, there is not one number for each MoE layer, or
-                one is below 1 or above the number of experts.
+            ConfigError: the model has no experts, its router takes no such number, there is not one
+                for each MoE layer, or one is below 1 or above the number of experts.
         """
         if self.moe is None:
             raise ConfigError(f"k = {k}, but the model is dense: leave k out")
-        num_layers, num_experts = len(self.moe_layers), self.moe.num_experts
+        if self.moe.infinite is not None:
+            raise ConfigError(
+                f"k = {k}, but the model has a continuous space of experts: leave k out; samples "
+                f"say how many experts a token draws from it"
+            )
+        if not self.moe.router.takes_k:
+            raise ConfigError(
+                f"k = {k}, but with the router {self.moe.router.name} the number of experts of a "
+                f"token follows from what the experts choose: leave k out"
+            )
+        num_layers, num_experts = len(self.moe_layers), self.moe.experts
         k_L = (k,) * num_layers if isinstance(k, int) else tuple(k)
         if len(k_L) != num_layers:
             raise ConfigError(
@@ -132,3 +149,43 @@ class ModelConfig(ConfigModel):
                     f"{num_experts}"
                 )
         return k_L
+
+    def check_samples(self, samples: int) -> None:
+        """Check that a token can draw so many experts from a continuous space at inference.
+
+        Raises:
+            ConfigError: fewer than one, or the model has no such space, or takes its mean.
+        """
+        infinite = None if self.moe is None else self.moe.infinite
+        if samples < 1:
+            raise ConfigError(f"samples = {samples} is below 1: a token draws one expert at least")
+        if infinite is None:
+            raise ConfigError(
+                f"samples = {samples}, but the model has no continuous space of experts "
+                f"(model.moe.infinite): leave samples out"
+            )
+        if infinite.inference == "mean":
+            raise ConfigError(
+                f"samples = {samples}, but model.moe.infinite.inference = mean draws none: leave "
+                f"samples out"
+            )
+
+    def check_gate_threshold(self, threshold: float) -> None:
+        """Check that tokens may skip the experts whose score is below a share of their largest.
+
+        Raises:
+            ConfigError: the share is not in [0, 1), or no router of the model can skip.
+        """
+        check_gate_threshold(threshold)
+        if not threshold:
+            return
+        if self.moe is None:
+            raise ConfigError(
+                f"gate threshold = {threshold}, but the model is dense: leave the threshold out"
+            )
+        router = self.moe.used_router
+        if not router.takes_gate_threshold:
+            raise ConfigError(
+                f"gate threshold = {threshold}, but the router {router.name} does not "
+                f"choose by score: leave the threshold out"
+            )

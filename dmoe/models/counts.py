@@ -14,6 +14,9 @@ from dmoe.models import ModelConfig, Recompute, build_model
 # The first part of a name that matches decides: "attn.q_norm.weight" is a norm.
 _KINDS = {
     "norm": "norms",
+    ".w_z_FZ": "space",
+    ".neurons.": "neurons",
+    ".deeper_neurons.": "deeper_neurons",
     "embed.": "embedding",
     "positions.": "embedding",
     "lm_head.": "output",
@@ -32,7 +35,8 @@ class ParameterInfo(NamedTuple):
     """Number of its layer; None outside the layers."""
     kind: str
     """"embedding", "output", "attention", "dense_ffn", "experts", "shared_experts", "router" or
-    "norms"."""
+    "norms"; of a continuous space of experts "space", its directions, and where it is not divided
+    into experts "neurons" and "deeper_neurons"."""
     shape: torch.Size
 
 
@@ -57,48 +61,58 @@ def num_params(config: ModelConfig) -> int:
     return sum(params_by_kind(config).values())
 
 
-def num_active_params(config: ModelConfig, k: int | None = None) -> int:
+def num_active_params(config: ModelConfig, k: float | None = None) -> int:
     """Return the number of parameters that a token uses, embedding and output matrix included.
+
+    Of a continuous space of experts that is what samples use which have no neuron in common.
 
     Args:
         config: the `model` section.
-        k: experts per token; the router's `top_k` if None.
+        k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
     counts = params_by_kind(config)
-    return sum(counts.values()) - _inactive(config, counts.get("experts", 0), k)
+    routed = sum(counts.get(kind, 0) for kind in ("experts", "neurons", "deeper_neurons"))
+    return sum(counts.values()) - _inactive(config, routed, k)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool = True) -> int:
+def flops_per_token(
+    config: ModelConfig, seq_len: int, *, training: bool = True, k: float | None = None
+) -> int:
     """Return the floating-point operations of a token: 2 N + 4 L H d S forward, thrice in training.
 
     N is the active parameters in matrix products: without the embedding, which is looked up, and
     without norms and biases, but with the output matrix, tied or not. The attention term is that of
     PaLM (arXiv 2204.02311, appendix B), by which utilisations are compared: L layers of H heads of
-    width d look at S positions, causal or not. Recomputation does not count.
+    width d look at S positions, causal or not. Recomputation does not count. Of a continuous space
+    what is computed counts: all single neurons, whatever is active, those between the first and the
+    last layer for each sample, and the directions of the space for each sample.
 
     Args:
         config: the `model` section.
         seq_len: S, tokens of a sequence.
         training: count the backward pass as well.
+        k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
     matrices = experts = 0
     for _, kind, shape in parameters(config):
         if len(shape) > 1 and kind != "embedding":
             matrices += shape.numel()
             experts += shape.numel() if kind == "experts" else 0
+            if kind in ("space", "deeper_neurons") and config.moe and config.moe.infinite:
+                matrices += shape.numel() * (config.moe.infinite.samples - 1)
     if config.tie_embeddings:
         matrices += config.vocab_size * config.dim
     attention = 4 * config.num_layers * config.num_heads * config.width_of_head * seq_len
-    forward = 2 * (matrices - _inactive(config, experts)) + attention
+    forward = 2 * (matrices - _inactive(config, experts, k)) + attention
     return 3 * forward if training else forward
 
 
-def _inactive(config: ModelConfig, experts: int, k: int | None = None) -> int:
+def _inactive(config: ModelConfig, experts: int, k: float | None) -> int:
     """Return how many of the parameters of the routed experts a token does not use."""
     if config.moe is None:
         return 0
-    k = config.moe.router.top_k if k is None else k
-    return experts * (config.moe.num_experts - k) // config.moe.num_experts
+    k = config.moe.mean_k(len(config.moe_layers)) if k is None else k
+    return round(experts * (config.moe.experts - k) / config.moe.experts)
 
 
 class Activations(NamedTuple):
@@ -124,8 +138,9 @@ def activations(
 ) -> Activations:
     """Return what the forward pass of `num_tokens` tokens on one rank keeps for the backward pass.
 
-    Balanced routing is assumed. Statistics, indices and rotary angles are left out, and what
-    RMSNorm keeps beside its input where it is not one kernel, as on CPUs.
+    Balanced routing is assumed, and with elastic experts the largest k in every layer. Statistics,
+    indices, packed masks and rotary angles are left out, and what RMSNorm keeps beside its input
+    where it is not one kernel, as on CPUs.
 
     Args:
         config: the `model` section.
@@ -178,7 +193,18 @@ def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> 
         return norm + dense * config.ffn_dim
     moe = config.moe
     assert moe is not None
+    if moe.infinite and not moe.num_shards:
+        hidden, width = (2 if gated else 1) * moe.space_width, moe.space_width
+        if moe.infinite.deep is None:
+            # The pre-activations, the mean mask, and their product.
+            has_mean = moe.infinite.mask_position == "after_activation" or moe.infinite.is_hard
+            return norm + hidden + (2 if has_mean else 1) * width
+        # The same of each layer and sample, the norm between layers, and the mean of the samples.
+        num_layers, samples = moe.infinite.deep.layers, moe.infinite.samples
+        between = samples * (num_layers - 1) * width
+        return norm + samples * num_layers * (hidden + 2 * width) + between + width
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.
-    routed = moe.router.top_k * (2 if gated else 1) * moe.expert_ffn_dim
-    arrived = moe.router.top_k * config.dim if exchanged else 0
-    return norm + routed + arrived + dense * moe.num_shared_experts * moe.expert_ffn_dim
+    k = moe.elastic.k_max if moe.elastic else moe.used_router.nominal_k(moe.experts)
+    routed = k * (2 if gated else 1) * moe.expert_width
+    arrived = k * config.dim if exchanged else 0
+    return norm + round(routed + arrived) + dense * moe.num_shared_experts * moe.expert_width

@@ -3,7 +3,8 @@
 Shapes in comments: B batch, S sequence, T = B S tokens, D model dim, V vocabulary, L MoE layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from dmoe.models.attention import (
 )
 from dmoe.models.config import ModelConfig
 from dmoe.models.norm import LayerNorm, RMSNorm
-from dmoe.moe import MoEContext, MoELayer, MoEOutput
+from dmoe.moe import MoEContext, MoEOutput, SparseLayer
 from dmoe.moe.experts import FeedForward
 from dmoe.ops import Linear, rotary_angles
 from dmoe.parallel import ParallelDims
@@ -58,11 +59,11 @@ class Block(nn.Module):
         self.attn_norm = _norm(config)
         self.attn = Attention(config)
         self.ffn_norm = _norm(config)
-        self.moe: MoELayer | None = None
+        self.moe: SparseLayer | None = None
         self.ffn: FeedForward | None = None
         if config.is_moe_layer(layer):
             assert config.moe is not None
-            self.moe = MoELayer(config.moe, dim=config.dim, activation=config.activation, dims=dims)
+            self.moe = config.moe.build(dim=config.dim, activation=config.activation, dims=dims)
         else:
             self.ffn = FeedForward(
                 dim=config.dim,
@@ -120,6 +121,8 @@ class DecoderLM(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self._k_L: tuple[int, ...] | None = None
+        self._gate_threshold = 0.0
+        self._samples: int | None = None
 
     def set_k(self, k: int | Sequence[int] | None) -> None:
         """Set the experts per token, where a context does not give them.
@@ -131,6 +134,43 @@ class DecoderLM(nn.Module):
             ConfigError: a number below 1 or above the number of experts, or not one for each layer.
         """
         self._k_L = None if k is None else self.config.k_of_layers(k)
+
+    @contextmanager
+    def at_k(self, k: int | Sequence[int] | None) -> Iterator[None]:
+        """Set the experts per token, as `set_k` does, for the length of a `with` block."""
+        before = self._k_L
+        self.set_k(k)
+        try:
+            yield
+        finally:
+            self._k_L = before
+
+    def set_samples(self, samples: int | None) -> None:
+        """Set the experts that a token draws from a continuous space at inference.
+
+        Args:
+            samples: the number, or None for that of the configuration.
+
+        Raises:
+            ConfigError: fewer than one, or the model draws none.
+        """
+        if samples is not None:
+            self.config.check_samples(samples)
+        self._samples = samples
+
+    def set_gate_threshold(self, threshold: float) -> None:
+        """Let each token skip the chosen experts whose score is below a share of its largest.
+
+        For inference: a forward pass in training is then refused.
+
+        Args:
+            threshold: the share, in [0, 1); 0 to skip none.
+
+        Raises:
+            ConfigError: it is not in that range, or the model has no router that can skip.
+        """
+        self.config.check_gate_threshold(threshold)
+        self._gate_threshold = threshold
 
     def forward(
         self,
@@ -152,9 +192,17 @@ class DecoderLM(nn.Module):
             last_only: return the logits of the last position alone, (B, 1, V).
         """
         if context is None:
-            context = MoEContext(seq_len=inputs.tokens.shape[1], valid_T=valid_tokens(inputs))
+            context = MoEContext(
+                seq_len=inputs.tokens.shape[1],
+                valid_T=valid_tokens(inputs),
+                token_ids_T=self._numbers(inputs, caches),
+            )
+        if self._samples is not None and not context.training:
+            context = replace(context, samples=self._samples)
         if context.k_L is None and self._k_L is not None:
             context = replace(context, k_L=self._k_L)
+        if self._gate_threshold:
+            context = replace(context, gate_threshold=self._gate_threshold)
         x, attention = self.embed_tokens(inputs, caches)
         outputs: list[MoEOutput] = []
         for index, block in enumerate(self.layers):
@@ -181,10 +229,7 @@ class DecoderLM(nn.Module):
         """Return (B, S, D) embeddings and what the attention layers share."""
         tokens, config = inputs.tokens, self.config
         start = caches[0].length if caches else 0
-        positions = inputs.positions
-        if positions is None:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-            positions = positions.expand_as(tokens)
+        positions = _positions(inputs, caches)
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
@@ -195,6 +240,14 @@ class DecoderLM(nn.Module):
             )
         return x.to(self.compute_dtype), AttentionInputs(_mask(inputs, start), cos, sin)
 
+    def _numbers(self, inputs: ModelInputs, caches: list[KVCache] | None) -> Tensor:
+        """Return (T,) the numbers that noise at inference follows: the token and its place.
+
+        So it depends on no batch: a sequence has the same noise alone, padded, cached or packed.
+        """
+        numbers = _positions(inputs, caches) * self.config.vocab_size + inputs.tokens
+        return numbers.flatten()
+
     def unembed(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to the logits (B, S, V)."""
         if self.lm_head is None:
@@ -202,7 +255,7 @@ class DecoderLM(nn.Module):
         return self.lm_head(x)
 
     @property
-    def moe_layers(self) -> list[MoELayer]:
+    def moe_layers(self) -> list[SparseLayer]:
         """The MoE layers, first layer first."""
         return [block.moe for block in self.blocks if block.moe is not None]
 
@@ -236,6 +289,15 @@ def valid_tokens(inputs: ModelInputs) -> Tensor | None:
         return None
     valid_T = inputs.document_ids[:, -inputs.tokens.shape[1] :].flatten() >= 0
     return None if valid_T.all() else valid_T
+
+
+def _positions(inputs: ModelInputs, caches: list[KVCache] | None) -> Tensor:
+    """Return (B, S) the place of each token in its document."""
+    if inputs.positions is not None:
+        return inputs.positions
+    start, tokens = caches[0].length if caches else 0, inputs.tokens
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    return positions.expand_as(tokens)
 
 
 def _mask(inputs: ModelInputs, start: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Initial weights: a function of the seed and of each weight's global name, never of the layout.
 
 Matrices are normal with `init_std`; those that write to the residual stream are divided by
-sqrt(2 num_layers) (GPT-2). Each expert has a stream of its own, under its global number.
+sqrt(2 num_layers) (GPT-2); the latents of infinity-MoE have a rule of their own. Each expert has a
+stream of its own, under its global number.
 """
 
 import math
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from dmoe.models.decoder import DecoderLM, is_expert
+from dmoe.moe.infinite import initial_std
 from dmoe.parallel import ParallelDims
 from dmoe.rng import torch_generator
 
@@ -28,10 +30,15 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         std = residual_std if name.endswith(_RESIDUAL_MAPS) else config.init_std
+        if ".deeper_neurons." in name:
+            # Reads F neurons of mean square 1 where the first layer reads D numbers.
+            std *= math.sqrt(config.dim / parameter.shape[1])
+        latent_std = initial_std(name, parameter.shape)
+        std = std if latent_std is None else latent_std
         owned, rows = _owned(parameter)
         if is_expert(name):
             assert config.moe is not None
-            first = dims.local_experts(config.moe.num_experts).start
+            first = dims.local_experts(config.moe.num_shards).start
             for index, expert in enumerate(range(first + owned.start, first + owned.stop)):
                 full = _normal(parameter.shape[1:], std, seed, f"{name}.{expert}")
                 local[index].copy_(full[rows])

@@ -83,6 +83,18 @@ def test_a_batch_equals_each_prompt_alone_without_a_cache(name, sampling):
         assert result.tokens_per_second > 0
 
 
+@pytest.mark.parametrize(("k", "threshold"), [(1, 0), ([5, 1], 0), ([1, 6], 0), (4, 0.4)])
+def test_at_any_k_the_cache_changes_nothing(k, threshold):
+    """The model reads prompt and new tokens at the same k, with a cache or as one whole."""
+    model, sampling = model_of("llama moe"), SAMPLINGS["greedy"]
+    own = [result.tokens for result in generate(model, BYTES, PROMPTS, sampling)]
+    model.set_k(k)
+    model.set_gate_threshold(threshold)
+    found = [result.tokens for result in generate(model, BYTES, PROMPTS, sampling)]
+    assert found == [continue_alone(model, prompt, 0, sampling) for prompt in PROMPTS]
+    assert found != own
+
+
 def test_a_prompt_in_any_batch_is_continued_alike():
     model, sampling = model_of("llama moe"), SAMPLINGS["sampled"]
     batch = generate(model, BYTES, PROMPTS, sampling)

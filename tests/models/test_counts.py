@@ -84,6 +84,35 @@ def test_a_token_uses_k_of_the_experts(config: ModelConfig) -> None:
     assert num_active_params(config, k=8) == num_params(config)
 
 
+@pytest.mark.parametrize(
+    ("choices", "mean_k", "largest_k"),
+    [
+        ({"elastic": {"k_max": 6}}, 3.5, 6),
+        ({"elastic": {"k_max": 6, "widen_steps": 100}}, 3.5, 6),
+        ({"elastic": {"k_max": 6, "budget": 8}}, 8 / 3, 6),
+        ({"router": {"name": "top_p", "controller": {"target_k": 2.5}}}, 2.5, 2.5),
+        ({"router": {"name": "top_p", "max_k": 4}}, 4, 4),
+    ],
+)
+def test_a_number_of_experts_that_varies_counts_with_its_mean(choices, mean_k, largest_k) -> None:
+    """And what is kept for the backward pass with the most that a micro-batch can have."""
+    varying = ModelConfig.model_validate(SIZES | {"num_layers": 3, "moe": MOE | choices})
+    fixed = ModelConfig.model_validate(SIZES | {"num_layers": 3, "moe": MOE})
+    assert num_active_params(varying) == num_active_params(fixed, k=mean_k)
+    per_expert = flops_per_token(fixed, 32, k=1) - flops_per_token(fixed, 32, k=0)
+    expected = flops_per_token(fixed, 32, k=0) + mean_k * per_expert
+    assert flops_per_token(varying, 32) == pytest.approx(expected, abs=3)
+
+    def kept(config: ModelConfig) -> float:
+        sizes = {"num_tokens": 2, "seq_len": 32, "dtype": torch.float32, "recompute": "none"}
+        return activations(config, **sizes, masked=False, exchanged=True).kept
+
+    one_more = MOE | {"router": {"name": "top_k", "top_k": 4}}
+    slope = kept(ModelConfig.model_validate(SIZES | {"num_layers": 3, "moe": one_more}))
+    slope -= kept(fixed)
+    assert kept(varying) == pytest.approx(kept(fixed) + (largest_k - 3) * slope, rel=1e-12)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_flops_are_those_of_the_matrix_products(config: ModelConfig) -> None:
     # The plain attention and the twin of the grouped GEMM run products that the counter knows.

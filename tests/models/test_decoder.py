@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmoe.config.base import ConfigError
 from dmoe.models import DecoderLM, ModelInputs, lm_loss
 from dmoe.models.attention import KVCache
 from dmoe.moe import BatchTotals, MoEContext
-from dmoe.moe.routers import top_k as top_k_router
+from dmoe.moe.routers import choice
 
 FAMILIES = [
     pytest.param({"family": "gpt2"}, id="gpt2"),
@@ -105,14 +106,14 @@ def test_recompute_changes_no_gradient_and_no_routing(
     options, recompute, small_model, monkeypatch
 ) -> None:
     model = small_model(**options)
-    choose = top_k_router.top_k_ids
+    choose = choice.top_k_ids
     calls: list[int] = []
 
     def counted(scores_TE: Tensor, k: int) -> Tensor:
         calls.append(k)
         return choose(scores_TE, k)
 
-    monkeypatch.setattr(top_k_router, "top_k_ids", counted)
+    monkeypatch.setattr(choice, "top_k_ids", counted)
     straight = loss_and_gradients(model, "none")
     assert len(calls) == len(model.moe_layers) == 2
     again = loss_and_gradients(model, recompute)
@@ -206,3 +207,100 @@ def test_moe_layers_are_where_the_configuration_says(small_model) -> None:
     assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
     assert model.config.moe_layers == [1, 3]
     assert len(model.moe_layers) == len(model(ModelInputs(random_tokens(1, 4))).moe) == 2
+
+
+def slots_of_layers(model: DecoderLM, context: MoEContext | None = None) -> list[float]:
+    """Return the experts per token in each MoE layer."""
+    with torch.no_grad():
+        output = model(ModelInputs(random_tokens(2, 8)), context)
+    return [layer.stats.counts_E.sum().item() / 16 for layer in output.moe]
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_a_model_at_k_is_the_model_with_that_top_k(options, k, small_model) -> None:
+    moe = small_model().config.moe.model_dump()
+    trained = small_model(**options)
+    routed = {**moe, "router": {**moe["router"], "top_k": k}}
+    other = small_model(**options, moe=routed)
+    other.load_state_dict(trained.state_dict())
+    inputs = ModelInputs(random_tokens(2, 8))
+    own = trained(inputs).logits
+    trained.set_k(k)
+    assert torch.equal(trained(inputs).logits, other(inputs).logits)
+    assert not trained(inputs).logits.allclose(own)
+    trained.set_k(None)
+    assert torch.equal(trained(inputs).logits, own)
+
+
+def test_each_layer_may_have_its_own_k(small_model) -> None:
+    model = small_model()
+    assert slots_of_layers(model) == [2, 2]
+    model.set_k([4, 1])
+    assert slots_of_layers(model) == [4, 1]
+    model.set_k(3)
+    assert slots_of_layers(model) == [3, 3]
+    assert slots_of_layers(model, MoEContext(seq_len=8, k_L=(1, 2))) == [1, 2], "a context wins"
+
+
+def test_a_k_for_a_while_ends_whatever_happens(small_model) -> None:
+    model = small_model()
+    model.set_k(3)
+    with model.at_k([4, 1]):
+        assert slots_of_layers(model) == [4, 1]
+        with model.at_k(None):
+            assert slots_of_layers(model) == [2, 2]
+        assert slots_of_layers(model) == [4, 1]
+    assert slots_of_layers(model) == [3, 3]
+    with pytest.raises(ConfigError), model.at_k(9):
+        pass
+    with pytest.raises(ZeroDivisionError), model.at_k(1):
+        raise ZeroDivisionError
+    assert slots_of_layers(model) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("k", "facts"),
+    [
+        (0, ["k = 0", "from 1 to model.moe.num_experts = 4"]),
+        (5, ["k = 5", "from 1 to model.moe.num_experts = 4"]),
+        ([2, 5], ["k = 5"]),
+        ([2, 2, 2], ["[2, 2, 2] has 3 numbers", "2 MoE layers"]),
+        ([], ["has 0 numbers"]),
+    ],
+)
+def test_a_k_that_the_model_has_not_is_refused(k, facts, small_model) -> None:
+    model = small_model()
+    with pytest.raises(ConfigError) as caught:
+        model.set_k(k)
+    assert all(fact in str(caught.value) for fact in facts)
+    assert slots_of_layers(model) == [2, 2]
+
+
+def test_a_gate_threshold_goes_to_every_layer_and_any_k(small_model) -> None:
+    model = small_model()
+    model.set_gate_threshold(0.9)
+    assert all(1 <= used < 2 for used in slots_of_layers(model))
+    with model.at_k([4, 1]):
+        first, second = slots_of_layers(model)
+    assert 1 <= first < 4
+    assert second == 1
+    expected = slots_of_layers(model, MoEContext(seq_len=8, gate_threshold=0.9))
+    assert slots_of_layers(model) == expected
+    model.set_gate_threshold(0)
+    assert slots_of_layers(model) == [2, 2]
+
+
+def test_a_gate_threshold_is_refused_where_it_has_no_meaning(small_model) -> None:
+    model = small_model()
+    for threshold in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=r"not in \[0, 1\)"):
+            model.set_gate_threshold(threshold)
+    with pytest.raises(ConfigError, match="dense"):
+        small_model(moe=None).set_gate_threshold(0.5)
+    forced = {"num_experts": 4, "expert_ffn_dim": 8, "router": {"name": "forced_balance"}}
+    with pytest.raises(ConfigError, match="forced_balance"):
+        small_model(moe=forced).set_gate_threshold(0.5)
+    model.set_gate_threshold(0.5)
+    with pytest.raises(ConfigError, match="for inference"):
+        loss_and_gradients(model, "none")
