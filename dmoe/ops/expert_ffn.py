@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
 from dmoe.ops.expert_loop import backward_by_expert, forward_by_expert
-from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, is_loop
+from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, is_loop, resolve_backend
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
+from dmoe.ops.triton_experts import backward_by_triton, forward_by_triton
 
 
 def expert_ffn(
@@ -43,7 +44,8 @@ def expert_ffn(
             `x_ND`'s dtype; weights, and so their gradients, may be wider.
         w_down_EDF: (E, D, F), as `w_up`.
         activation: "swiglu", or "gelu" (tanh form, as in GPT-2) or "relu" without a gate.
-        backend: "torch" for `torch.nn.functional.grouped_mm`, "loop" for an expert after the other.
+        backend: "triton" for the kernels, "torch" for `torch.nn.functional.grouped_mm`, "loop" for
+            an expert after the other.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
@@ -90,17 +92,23 @@ class _ExpertFFN(torch.autograd.Function):
         activation: Activation,
         backend: Backend,
     ) -> Tensor:
+        backend = resolve_backend(backend, x_ND.device, len(counts_E))
         if is_loop(x_ND, counts_E, backend):
             z_RH, y_RD = forward_by_expert(
                 x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation
             )
+            y_ND = sum_rows(y_RD, rows)
+        elif backend == "triton":
+            z_RH, y_ND = forward_by_triton(
+                x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, activation
+            )
         else:
             z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E)
             a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
-            y_RD = grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E)
+            y_ND = sum_rows(grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E), rows)
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *rows)
         ctx.activation, ctx.backend = activation, backend
-        return sum_rows(y_RD, rows)
+        return y_ND
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,6 +128,11 @@ class _ExpertFFN(torch.autograd.Function):
                 z_RH,
                 ctx.activation,
             )
+            dx_ND = sum_rows(dx_RD, rows)
+        elif ctx.backend == "triton":
+            dx_ND, dweights_R, dw_up, dw_down_EDF = backward_by_triton(
+                dy_ND, x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, z_RH, ctx.activation
+            )
         else:
             dy_RD = take_rows(dy_ND, rows)
             da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E)
@@ -127,5 +140,5 @@ class _ExpertFFN(torch.autograd.Function):
             dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E).to(w_down_EDF.dtype)
             del dy_RD
             dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E).to(w_up.dtype)
-            dx_RD = grouped_mm(dz_RH, w_up, counts_E)
-        return sum_rows(dx_RD, rows), dweights_R, dw_up, dw_down_EDF, None, None, None, None
+            dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E), rows)
+        return dx_ND, dweights_R, dw_up, dw_down_EDF, None, None, None, None

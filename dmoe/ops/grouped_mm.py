@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "loop"]
+from dmoe.ops.triton_experts import check_triton
+
+Backend = Literal["auto", "triton", "torch", "loop"]
 
 # Dtypes that torch's grouped GEMM takes; float64, which proofs use, is a loop on every backend.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,14 +23,20 @@ _MANY_GROUPS = 64
 
 def resolve_backend(
     backend: Backend, device: torch.device, num_groups: int
-) -> Literal["torch", "loop"]:
+) -> Literal["triton", "torch", "loop"]:
     """Return the backend that "auto" stands for on a device, for so many groups (local experts).
 
-    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product.
+    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product. "auto"
+    is never "triton" until its kernels have been measured on a GPU.
+
+    Raises:
+        ConfigError: "triton" where its kernels cannot run.
     """
-    if backend == "auto":
-        return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
-    return backend
+    if backend == "triton":
+        check_triton(device)
+    if backend != "auto":
+        return backend
+    return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
 
 
 def is_loop(x_RM: Tensor, counts_E: Tensor, backend: Backend) -> bool:

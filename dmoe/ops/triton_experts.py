@@ -1,0 +1,104 @@
+"""The Triton back end of `expert_ffn`: the door to `dmoe_kernels`, opened when it is needed.
+
+Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from dmoe.config.base import ConfigError
+from dmoe.ops.activation import Activation
+from dmoe.ops.rows import RowMap
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Say whether Triton is installed, and the kernels with it."""
+    return all(importlib.util.find_spec(name) for name in ("triton", "dmoe_kernels"))
+
+
+def check_triton(device: torch.device) -> None:
+    """Check that the kernels can run on a device.
+
+    Raises:
+        ConfigError: Triton is not installed, or the device is not a GPU.
+    """
+    if not has_triton():
+        raise ConfigError(
+            "model.moe.backend = triton, but Triton is not installed here: pip install triton, or "
+            "set model.moe.backend to auto",
+            key="model.moe.backend",
+        )
+    # Tests run the kernels in Triton's interpreter.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"model.moe.backend = triton needs an NVIDIA or AMD GPU, this device is {device}: set "
+            f"model.moe.backend to auto",
+            key="model.moe.backend",
+        )
+
+
+def forward_by_triton(
+    x_ND: Tensor,
+    rows: RowMap,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up: Tensor,
+    w_down_EDF: Tensor,
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """Return z_RH and y_ND; the arguments are those of `expert_ffn`."""
+    from dmoe_kernels.experts import experts_forward
+
+    weights = _in_dtype_of(x_ND, w_up, w_down_EDF)
+    y_ND, z_RH = experts_forward(
+        x_ND.contiguous(), tuple(rows), weights_R, counts_E, *weights, activation
+    )
+    return z_RH, y_ND
+
+
+def backward_by_triton(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    rows: RowMap,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up: Tensor,
+    w_down_EDF: Tensor,
+    z_RH: Tensor,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x_ND, weights_R, w_up and w_down_EDF, each in its dtype.
+
+    Args:
+        dy_ND: gradient of the output, contiguous.
+        x_ND: as in the forward pass, as are the others not named here.
+        rows: as in the forward pass.
+        weights_R: as in the forward pass.
+        counts_E: as in the forward pass.
+        w_up: as in the forward pass.
+        w_down_EDF: as in the forward pass.
+        z_RH: what the forward pass returned.
+        activation: as in the forward pass.
+    """
+    from dmoe_kernels.experts import experts_backward
+
+    return experts_backward(
+        dy_ND,
+        x_ND.contiguous(),
+        z_RH,
+        tuple(rows),
+        weights_R,
+        counts_E,
+        *_in_dtype_of(x_ND, w_up, w_down_EDF),
+        activation,
+        w_up.dtype,
+    )
+
+
+def _in_dtype_of(x_ND: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [w.to(x_ND.dtype).contiguous() for w in weights]

@@ -1,0 +1,145 @@
+"""Compile every kernel ahead of time, without a GPU, and read what the compiler made of it.
+
+    python -m dmoe_kernels.aot --out docs/results/kernels_aot.md [KERNEL ...]
+
+A config that spills registers, or lacks the tensor-core instruction of its target, is a fault: the
+command ends with 1. Triton's own ptxas and cuobjdump do the work.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dmoe_kernels.aot_cases import Case, cases
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
+
+
+class Evidence(NamedTuple):
+    """What one kernel became on one target."""
+
+    case: Case
+    target: str
+    registers: int
+    """A thread; on gfx942 vector registers."""
+    spilled: int
+    """Loads and stores of registers that did not fit, in the machine code."""
+    shared: int
+    """Bytes of shared memory a program."""
+    tensor_core: int
+    """Tensor-core instructions in the machine code."""
+
+    @property
+    def fault(self) -> str | None:
+        """Say what is wrong, or None."""
+        if self.spilled:
+            return f"spills: {self.spilled} loads and stores"
+        if self.case.multiplies and not self.tensor_core:
+            return f"no {TENSOR_CORE[self.target]}"
+        return None
+
+
+def compile_case(case: Case, target: str) -> Evidence:
+    """Compile for a target and read registers, spills, shared memory and instructions."""
+    compiled = triton.compile(
+        ASTSource(case.kernel, case.signature(), case.constants(), case.attributes()),
+        target=TARGETS[target],
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    shared = compiled.metadata.shared
+    if target == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        spilled = sum(map(int, re.findall(r"\.[vs]gpr_spill_count: +(\d+)", assembly)))
+        [registers] = map(int, re.findall(r"\.vgpr_count: +(\d+)", assembly))
+        return Evidence(case, target, registers, spilled, shared, assembly.count("v_mfma"))
+    usage, machine_code = _inspect(compiled.asm["cubin"])
+    registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
+    spilled = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
+    wanted = rf"\b{TENSOR_CORE[target]}\b"
+    return Evidence(case, target, registers, spilled, shared, len(re.findall(wanted, machine_code)))
+
+
+def evidence(names: list[str], targets: list[str], *, first_only: bool) -> Iterator[Evidence]:
+    """Compile the cases of the named kernels, or of all if none is named, for the targets."""
+    for target in targets:
+        for case in cases(target, first_only=first_only):
+            if not names or case.name in names:
+                yield compile_case(case, target)
+
+
+def table(rows: list[Evidence]) -> str:
+    """Return the document."""
+    lines = [
+        "# Kernels, compiled ahead of time",
+        "",
+        "<!-- Written by `python -m dmoe_kernels.aot`: do not edit. -->",
+        "",
+        f"Triton {triton.__version__}, no GPU. Tensor-core instructions are HMMA on sm_80, HGMMA",
+        "on sm_90 and v_mfma on gfx942. Registers are those of a thread, shared memory that of a",
+        "program; a block is M x N x K. Nothing here says how fast a kernel is.",
+        "",
+        "| kernel | form | block | warps | stages | target | registers | spills | shared bytes "
+        "| tensor-core instructions |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        case = row.case
+        lines.append(
+            f"| {case.name} | {case.form} | {case.block} | {case.warps} | {case.stages} "
+            f"| {row.target} | {row.registers} | {row.spilled} | {row.shared} | {row.tensor_core} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _inspect(cubin: bytes) -> tuple[str, str]:
+    """Return the resource usage and the machine code of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tools = triton.knobs.nvidia
+        usage = _run([tools.cuobjdump.path, "-res-usage", str(path)])
+        return usage, _run([tools.cuobjdump.path, "-sass", str(path)])
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="kernels; all if none is given")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all if not given")
+    parser.add_argument("--first", action="store_true", help="the default config of each alone")
+    parser.add_argument("--out", type=Path, help="the document to write")
+    options = parser.parse_args()
+    rows: list[Any] = []
+    for row in evidence(options.names, options.target or list(TARGETS), first_only=options.first):
+        rows.append(row)
+        print(
+            f"{row.case.name:8} {row.case.form:24} {row.case.block:12} w{row.case.warps} "
+            f"s{row.case.stages} {row.target:6} {row.registers:4} registers {row.spilled:4} spills "
+            f"{row.shared:7} bytes {row.tensor_core:4} {row.fault or ''}",
+            flush=True,
+        )
+    if options.out:
+        options.out.write_text(table(rows))
+    return int(any(row.fault for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Tile shapes: candidates for each kernel, pruned by shared memory, and what tuning found best.
+
+`choose` reads a table on disk that `tune` wrote, and takes the first candidate that fits where
+there is none. It measures nothing, so all ranks of a job choose alike, and a graph may be captured
+at once.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from dmoe_kernels.common import INTERPRET
+
+
+class Config(NamedTuple):
+    """Sizes of a tile, and how its program is compiled."""
+
+    block_m: int
+    """Rows, or the first dim of a weight gradient."""
+    block_n: int
+    """Columns; of each of the two halves where an activation is gated."""
+    block_k: int
+    """Summed in a step, for elements of 2 bytes."""
+    warps: int
+    stages: int
+    """Steps that are loaded ahead."""
+    group_m: int = 16
+    """Tiles of rows that share a block of weights in the L2 cache."""
+
+
+# The first of a kernel that fits is taken where nothing was tuned. None spills: see aot.py.
+CANDIDATES = {
+    "up": [
+        Config(128, 128, 64, 8, 3),
+        Config(128, 64, 64, 8, 4),
+        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 64, 4, 3),
+        Config(64, 64, 64, 4, 4),
+        Config(64, 64, 32, 4, 2),
+    ],
+    "gemm": [
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 32, 8, 3),
+        Config(64, 128, 64, 4, 4),
+        Config(64, 64, 32, 4, 2),
+    ],
+    "dz": [
+        Config(128, 128, 64, 8, 4),
+        Config(128, 64, 64, 8, 4),
+        Config(128, 64, 64, 8, 3),
+        Config(64, 64, 64, 4, 3),
+        Config(64, 64, 32, 4, 2),
+    ],
+    "outer": [
+        Config(256, 128, 64, 8, 4),
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 32, 8, 3),
+        Config(64, 64, 64, 4, 3),
+        Config(64, 64, 32, 4, 2),
+    ],
+    # "outer" that adds to what is there, and so needs registers for it.
+    "outer_add": [
+        Config(128, 128, 64, 8, 4),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 32, 8, 3),
+        Config(64, 64, 32, 4, 2),
+    ],
+}
+# Small, so that a small test has several tiles and a tail of each kind.
+_INTERPRETED = Config(32, 16, 16, 4, 1, 2)
+
+
+def bytes_needed(kernel: str, config: Config, itemsize: int) -> int:
+    """Return the shared memory that the loads of a config take."""
+    block_k = scaled_k(config, itemsize)
+    width = config.block_m + config.block_n * (2 if kernel == "up" else 1)
+    return config.stages * width * block_k * itemsize
+
+
+def scaled_k(config: Config, itemsize: int) -> int:
+    """Return the block of the summed dim: half as long for elements of 4 bytes."""
+    return max(16, config.block_k * 2 // itemsize)
+
+
+def candidates(kernel: str, itemsize: int, shared_memory: int, wgmma: bool) -> list[Config]:
+    """Return the configs of a kernel that fit.
+
+    Args:
+        kernel: a key of `CANDIDATES`.
+        itemsize: bytes of an element.
+        shared_memory: bytes a program may use.
+        wgmma: whether products read both sides from shared memory (sm_90): elsewhere a program that
+            holds more than 128 x 128 numbers spills.
+    """
+    fitting = [
+        config
+        for config in CANDIDATES[kernel]
+        if bytes_needed(kernel, config, itemsize) <= shared_memory
+        and (wgmma or _held(kernel, config) <= 128 * 128)
+    ]
+    assert fitting, f"no config of {kernel} fits {shared_memory} bytes"
+    return fitting
+
+
+def _held(kernel: str, config: Config) -> int:
+    return config.block_m * config.block_n * (2 if kernel in ("up", "outer_add") else 1)
+
+
+def choose(kernel: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Config:
+    """Return the config for a kernel on a device.
+
+    Args:
+        kernel: a key of `CANDIDATES`.
+        dtype: of the rows.
+        shape: (M, N, K) of the product as the kernel names them, E, and rows an expert, rounded up
+            to a power of 2.
+        device: where it runs.
+    """
+    if INTERPRET.value:
+        return _INTERPRETED
+    tuned = _tuned(device).get(_key(kernel, dtype, shape))
+    return Config(*tuned) if tuned else _candidates_of(kernel, dtype, device)[0]
+
+
+def tune(
+    kernel: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    measure: Callable[[Config], float],
+) -> Config:
+    """Measure all candidates, write the fastest to the table on disk and return it.
+
+    Args:
+        kernel: as for `choose`, as are `dtype`, `shape` and `device`.
+        measure: returns the time of a config; one that raises is passed over.
+    """
+    times = {}
+    for config in _candidates_of(kernel, dtype, device):
+        try:
+            times[config] = measure(config)
+        except (RuntimeError, triton.runtime.errors.OutOfResources):
+            continue
+    best = min(times, key=times.__getitem__)
+    path = table_path(device)
+    table = _read(path) | {_key(kernel, dtype, shape): list(best)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(table, indent=1, sort_keys=True))
+    fresh.replace(path)
+    _tuned.cache_clear()
+    return best
+
+
+def table_path(device: torch.device) -> Path:
+    """Return where the tuned configs of a kind of device are kept, beside Triton's own cache."""
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return Path(triton.knobs.cache.dir) / f"dmoe_{name}_triton_{triton.__version__}.json"
+
+
+def rows_bucket(num_rows: int, num_experts: int) -> int:
+    """Return the rows an expert, rounded up to a power of 2, by which shapes are told apart."""
+    return triton.next_power_of_2(max(1, triton.cdiv(num_rows, num_experts)))
+
+
+def _candidates_of(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Config]:
+    shared_memory, wgmma = _limits(device)
+    return candidates(kernel, dtype.itemsize, shared_memory, wgmma)
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, bool]:
+    if torch.version.hip:
+        return 64 * 1024, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.major == 9
+
+
+@functools.cache
+def _tuned(device: torch.device) -> dict[str, list[int]]:
+    return _read(table_path(device))
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _key(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{kernel} {str(dtype).removeprefix('torch.')} {' '.join(map(str, shape))}"
