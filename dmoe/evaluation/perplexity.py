@@ -26,6 +26,9 @@ class EvalResult:
     separate; the end-of-document token is one of them."""
     bits_per_byte: float | None = None
     """The loss in bits a byte of the text; None where its bytes are not known."""
+    k_mean: float | None = None
+    """Mean number of experts that a token had in a MoE layer, less those without capacity; None for
+    a dense model."""
 
     @property
     def perplexity(self) -> float:
@@ -52,17 +55,26 @@ def evaluate(
     """
     device = model.embed.weight.device
     # float64 sums, so that millions of tokens add up whatever the order.
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
-        num_targets = batch.num_targets
+        num_targets, num_tokens = batch.num_targets, batch.valid_BS.sum()
         batch = batch.to(device)
-        inputs = ModelInputs(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
-        sums[0] += lm_loss(model(inputs).logits, batch.labels_BS)
+        output = model(inputs_of(batch))
+        sums[0] += lm_loss(output.logits, batch.labels_BS)
         sums[1] += num_targets
-    nats, num_targets = all_reduce_sum(sums, group).tolist()
+        for layer in output.moe:
+            sums[2] += layer.stats.counts_E.sum() - layer.stats.dropped
+            sums[3] += num_tokens
+    nats, num_targets, num_slots, num_routed = all_reduce_sum(sums, group).tolist()
     if not num_targets:
         raise ValueError("the evaluation batches hold no token to predict")
-    return EvalResult(nats / num_targets, int(num_targets))
+    k_mean = num_slots / num_routed if num_routed else None
+    return EvalResult(nats / num_targets, int(num_targets), k_mean=k_mean)
+
+
+def inputs_of(batch: MicroBatch) -> ModelInputs:
+    """Return what a model reads of a micro-batch."""
+    return ModelInputs(batch.tokens_BS, batch.positions_BS, batch.document_ids_BS)
 
 
 def evaluate_split(

@@ -86,6 +86,31 @@ def test_every_token_counts_once(mask_documents):
         assert result.bits_per_byte == pytest.approx(loss / math.log(2) * 101 / 90)
 
 
+@pytest.mark.parametrize(("k", "k_mean"), [(None, 2), (1, 1), (4, 4), ([3, 1], 2)])
+def test_the_mean_number_of_experts_is_that_of_the_tokens(k, k_mean):
+    """Padding, of which the last window has some, has no experts and is not counted."""
+    model = build()
+    model.set_k(k)
+    batches = eval_batches(split(), seq_len=SEQ_LEN, micro_batch_size=3, vocab_size=19)
+    assert evaluate(model, batches).k_mean == k_mean
+
+
+def test_experts_that_were_skipped_or_full_do_not_count():
+    model = build()
+    batches = list(eval_batches(split(), seq_len=SEQ_LEN, micro_batch_size=2, vocab_size=19))
+    model.set_gate_threshold(0.9)
+    assert 1 <= evaluate(model, batches).k_mean < 2
+    capped = {**CONFIG.model_dump()["moe"], "capacity": {"factor": 0.5}}
+    config = ModelConfig.model_validate({**CONFIG.model_dump(), "moe": capped})
+    assert 0 < evaluate(build_model(config, compute_dtype=torch.float64), batches).k_mean < 2
+
+
+def test_a_dense_model_has_no_number_of_experts():
+    config = ModelConfig.model_validate({**CONFIG.model_dump(), "moe": None})
+    batches = eval_batches(split(), seq_len=SEQ_LEN, micro_batch_size=2, vocab_size=19)
+    assert evaluate(build_model(config), batches).k_mean is None
+
+
 def measure() -> list[EvalResult]:
     dims = ParallelDims.create(ep=torch.distributed.get_world_size())
     return [
@@ -102,6 +127,25 @@ def measure() -> list[EvalResult]:
     ]
 
 
+def measure_at_each_layers_k() -> EvalResult:
+    dims = ParallelDims.create(ep=torch.distributed.get_world_size())
+    model = build(dims)
+    with model.at_k([3, 1]):
+        return evaluate_split(model, split(), seq_len=SEQ_LEN, micro_batch_size=2, dims=dims)
+
+
+def test_ranks_agree_at_any_k():
+    first, second = run_distributed(measure_at_each_layers_k, 2)
+    assert first == second
+    model = build()
+    own = evaluate_split(model, split(), seq_len=SEQ_LEN, micro_batch_size=2)
+    model.set_k([3, 1])
+    alone = evaluate_split(model, split(), seq_len=SEQ_LEN, micro_batch_size=2)
+    assert first.loss == pytest.approx(alone.loss, abs=1e-9)
+    assert first.k_mean == alone.k_mean == 2
+    assert abs(own.loss - alone.loss) > 1e-3
+
+
 def test_ranks_share_the_work_and_agree():
     first, second = run_distributed(measure, 2)
     assert first == second
@@ -113,6 +157,7 @@ def test_ranks_share_the_work_and_agree():
     assert one.num_targets < three.num_targets < whole.num_targets
     for result, expected in zip(first, [whole, whole, one, three], strict=True):
         assert result.num_targets == expected.num_targets
+        assert result.k_mean == 2
         assert result.loss == pytest.approx(expected.loss, abs=1e-9)
 
 
