@@ -4,37 +4,26 @@ With --json, the result is the only thing on stdout. Exit status: 0 good, 1 fail
 """
 
 import json
-import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import torch
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
-from dmoe.checkpoint import (
-    LoadedModel,
-    find_checkpoint,
-    inspect_checkpoint,
-    load_model,
-    verify_checkpoint,
-)
-from dmoe.config import ConfigError, ConfigModel, config_schema, config_tree, dump_yaml, load_config
-from dmoe.data import build_valid_split, load_tokenizer, prepare
-from dmoe.evaluation import evaluate_split
-from dmoe.generation import SamplingConfig, generate
-from dmoe.metrics.console import printable
+from dmoe.checkpoint import find_checkpoint, inspect_checkpoint, verify_checkpoint
+from dmoe.checkpoint.neurons import convert_to_neurons
+from dmoe.cli.evaluate import evaluate
+from dmoe.cli.generate import generate_text
+from dmoe.cli.options import AsJson, ConfigFile, Overrides, Trained, show
+from dmoe.config import config_schema, config_tree, dump_yaml, load_config
+from dmoe.data import prepare
 from dmoe.train import exit_status
 from dmoe.train import train as run_training
 from dmoe.trainer.config import Config
 from dmoe.trainer.doctor import doctor, render
 from dmoe.trainer.estimate import estimate
-
-Section = TypeVar("Section", bound=ConfigModel)
 
 
 def _group(text: str) -> typer.Typer:
@@ -51,15 +40,6 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Keys to change: a.b=c ...", metavar="[A.B=C]...")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-Trained = Annotated[
-    Path, typer.Argument(help="Run folder or checkpoint folder.", metavar="RUN_OR_CHECKPOINT")
-]
-
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -67,67 +47,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     run_training(load_config(config, overrides or ()))
 
 
-@app.command("eval")
-def evaluate(
-    trained: Trained,
-    overrides: Overrides = None,
-    max_batches: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches to read; all if not given.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure loss, perplexity and bits per byte on the held-out split, or on data.valid=..."""
-    loaded, config = _load(trained, overrides or ())
-    result = evaluate_split(
-        loaded.model,
-        build_valid_split(config.data, vocab_size=config.model.vocab_size),
-        seq_len=config.train.seq_len,
-        micro_batch_size=config.train.micro_batch_size,
-        mask_documents=config.data.mask_documents,
-        max_batches=max_batches,
-    )
-    if not math.isfinite(result.loss):
-        raise FloatingPointError(f"the held-out loss is {result.loss}: the weights are damaged")
-    row = {
-        "step": loaded.step,
-        "k": config.model.moe.router.top_k if config.model.moe else None,
-        "eval_loss": result.loss,
-        "eval_perplexity": result.perplexity,
-        "eval_bits_per_byte": result.bits_per_byte,
-        "num_targets": result.num_targets,
-    }
-    _show([row], as_json, lambda: print(*(f"{key}={value}" for key, value in row.items())))
-
-
-@app.command("generate")
-def generate_text(
-    trained: Trained,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; without any, standard input is read.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Continue prompts, all in one batch."""
-    sampling = _validated(
-        SamplingConfig,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    loaded, config = _load(trained)
-    prompts = prompt or [sys.stdin.read()]
-    results = generate(loaded.model, load_tokenizer(config.data.tokenizer), prompts, sampling)
-    rows = [{"prompt": p, **asdict(r)} for p, r in zip(prompts, results, strict=True)]
-    _show(rows, as_json, lambda: [print(printable(row["prompt"] + row["text"])) for row in rows])
+app.command("eval")(evaluate)
+app.command("generate")(generate_text)
 
 
 @app.command("estimate")
@@ -141,7 +62,7 @@ def estimate_run(
 ) -> None:
     """Count parameters, memory a rank and FLOPs a token, without building any weights."""
     result = estimate(load_config(config, overrides or ()), world)
-    _show(result.to_json(), as_json, lambda: Console().print(result.render()))
+    show(result.to_json(), as_json, lambda: Console().print(result.render()))
 
 
 @app.command("doctor")
@@ -151,7 +72,7 @@ def check_machine(
 ) -> None:
     """Check versions, devices, communication and disk of this machine."""
     checks = doctor(folder)
-    _show(
+    show(
         [asdict(check) for check in checks],
         as_json,
         lambda: Console().print(render(checks)),
@@ -174,7 +95,7 @@ def show_config(
     if world is not None:
         checked.check_world(world)
     tree = config_tree(checked)
-    _show(tree, as_json, lambda: print(dump_yaml(tree), end=""))
+    show(tree, as_json, lambda: print(dump_yaml(tree), end=""))
 
 
 @config_app.command("schema")
@@ -213,7 +134,7 @@ def prepare_data(
             print(f"{output}: {name}: {split.documents} documents, {split.tokens} tokens")
         print(f"{manifest.skipped_documents} empty documents skipped")
 
-    _show(manifest.model_dump(mode="json"), as_json, tell)
+    show(manifest.model_dump(mode="json"), as_json, tell)
 
 
 @checkpoint_app.command("inspect")
@@ -236,7 +157,7 @@ def inspect(trained: Trained, as_json: AsJson = False) -> None:
         for name, tensor in info.tensors.items():
             print(f"{name} {list(tensor.shape)} {tensor.dtype}")
 
-    _show(value, as_json, tell)
+    show(value, as_json, tell)
 
 
 @checkpoint_app.command("verify")
@@ -244,13 +165,24 @@ def verify(trained: Trained, as_json: AsJson = False) -> None:
     """Compare every byte of a checkpoint with its manifest; exit 1 if anything differs."""
     folder = find_checkpoint(trained)
     problems = [str(problem) for problem in verify_checkpoint(folder)]
-    _show(
+    show(
         {"path": str(folder), "problems": problems},
         as_json,
         lambda: print(*(problems or [f"{folder} is intact"]), sep="\n"),
     )
     if problems:
         raise typer.Exit(1)
+
+
+@checkpoint_app.command("to-neurons")
+def to_neurons(
+    trained: Trained,
+    output: Annotated[Path, typer.Argument(help="New folder, for its checkpoints.", metavar="OUT")],
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a model of infinite.granularity block as one of single neurons, equal in output."""
+    folder = convert_to_neurons(trained, output)
+    show({"path": str(folder)}, as_json, lambda: print(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,26 +196,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return exit_status(run)
-
-
-def _load(trained: Path, overrides: Sequence[str] = ()) -> tuple[LoadedModel, Config]:
-    """Load a model in the precision it was trained in, and the configuration of its run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(trained, device=device)
-    return loaded, load_config(loaded.path / "config.yaml", overrides)
-
-
-def _validated(section: type[Section], **values: Any) -> Section:
-    """Build a section from command-line options, whose names are those of its keys."""
-    try:
-        return section(**values)
-    except ValidationError as error:
-        problems = [f"--{e['loc'][0]}: {e['msg']} (given: {e['input']})" for e in error.errors()]
-        raise ConfigError("\n".join(problems).replace("_", "-")) from None
-
-
-def _show(value: Any, as_json: bool, tell: Callable[[], Any]) -> None:
-    if as_json:
-        print(json.dumps(value))
-    else:
-        tell()
