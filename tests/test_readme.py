@@ -20,7 +20,6 @@ README = (ROOT / "README.md").read_text()
 SMALL = [
     "parallel.ep=1",
     "model.dim=16",
-    "model.num_layers=1",
     "model.ffn_dim=16",
     "model.moe.expert_ffn_dim=8",
     "data.sources.0.path=data/mine",

@@ -94,7 +94,11 @@ def _type(key: str, field: Schema, defs: Schema) -> str:
     if "prefixItems" in field:
         return f"[{', '.join(_type(key, item, defs) for item in field['prefixItems'])}]"
     links = [_link(title) for _, title, _ in _places(key, field, defs)]
-    plain = [_plain_type(member) for member in _members(field) if "$ref" not in member]
+    plain = [
+        _type(key, member, defs) if "items" in member else _plain_type(member)
+        for member in _members(field)
+        if "$ref" not in member
+    ]
     return " or ".join(links + plain)
 
 

@@ -5,7 +5,8 @@ micro-batches, training forwards only, and not counted again by recomputation.
 Shapes: L MoE layers, E experts.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,17 @@ def dead_fraction(counts_LE: ArrayLike) -> Array:
     return (_float(counts_LE) == 0).mean(axis=1)
 
 
+def load_entropy(counts_LE: ArrayLike) -> Array:
+    """Return the entropy of the shares of the assignments over its maximum, log E, (L,); 0-1.
+
+    For a continuous space it is that of the selection distribution (arXiv 2601.17680).
+    """
+    counts_LE = _float(counts_LE)
+    share_LE = _ratio(counts_LE, counts_LE.sum(axis=1, keepdims=True))
+    log_LE = np.log(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
+    return -(share_LE * log_LE).sum(axis=1) / math.log(max(2, share_LE.shape[1]))
+
+
 def drop_fraction(counts_LE: ArrayLike, dropped_L: ArrayLike) -> Array:
     """Return the fraction of assignments that capacity dropped, (L,).
 
@@ -47,8 +59,8 @@ def drop_fraction(counts_LE: ArrayLike, dropped_L: ArrayLike) -> Array:
 
 def moe_rows(
     counts_LE: ArrayLike,
-    entropy_L: ArrayLike,
     dropped_L: ArrayLike,
+    means: Mapping[str, ArrayLike],
     *,
     num_tokens: int,
     bias_LE: ArrayLike | None = None,
@@ -58,8 +70,9 @@ def moe_rows(
 
     Args:
         counts_LE: Assignments, before any was dropped.
-        entropy_L: Router entropy over its maximum, mean over the tokens.
         dropped_L: Assignments dropped.
+        means: Other statistics, (L,) each, mean over the tokens. Where there is NAME and
+            NAME_square, the second one gives way to NAME_std, the standard deviation.
         num_tokens: Tokens routed by each layer.
         bias_LE: Balancing biases, where the routers have them.
         layer_ids: Positions of the layers in the model for detailed rows, a key a layer; none for
@@ -68,14 +81,21 @@ def moe_rows(
     statistics = {
         "load_cv": load_cv(counts_LE),
         "load_max_over_mean": load_max_over_mean(counts_LE),
-        "entropy": _float(entropy_L),
+        "load_entropy": load_entropy(counts_LE),
         "dead_frac": dead_fraction(counts_LE),
         "drop_frac": drop_fraction(counts_LE, dropped_L),
         "k_mean": _float(counts_LE).sum(axis=1) / max(num_tokens, 1),
     }
+    for name, mean_L in means.items():
+        if not name.endswith("_square"):
+            statistics[name] = _float(mean_L)
+            continue
+        name = name.removesuffix("_square")
+        variance_L = _float(mean_L) - _float(means[name]) ** 2
+        statistics[f"{name}_std"] = np.sqrt(variance_L.clip(min=0))
     if bias_LE is not None:
         statistics["bias_absmax"] = np.abs(_float(bias_LE)).max(axis=1)
-    row: dict[str, float] = {}
+    row = {"k_sum": float(statistics["k_mean"].sum())}
     for name, values_L in statistics.items():
         row[f"moe/{name}_mean"] = float(values_L.mean())
         row[f"moe/{name}_max"] = float(values_L.max())

@@ -25,6 +25,7 @@ from dmoe.data import (
     load_tokenizer,
 )
 from dmoe.engine import NativeEngine
+from dmoe.moe.elastic import ElasticConfig
 from dmoe.ops import resolve_backend
 from dmoe.parallel import ParallelDims
 from dmoe.trainer.config import Config
@@ -39,6 +40,7 @@ _FREE_MODEL_KEYS = (
     "model.moe.backend",
     "model.moe.capacity",
     "model.moe.dispatch",
+    *(f"model.moe.elastic.{key}" for key in ElasticConfig.model_fields if key != "normalize"),
     "model.moe.losses",
     "model.moe.router.bias_update_rate",
     "model.moe.router.jitter",
@@ -183,9 +185,9 @@ def _introduce(
 ) -> None:
     """Print the layout, and where a resumed run stands."""
     moe = config.model.moe
-    journal.message(dims.describe(moe.num_experts if moe else 0))
-    if moe is not None and moe.backend == "auto":
-        backend = resolve_backend(moe.backend, device, len(dims.local_experts(moe.num_experts)))
+    journal.message(dims.describe(moe.num_shards if moe else 0))
+    if moe is not None and moe.num_shards and moe.backend == "auto":
+        backend = resolve_backend(moe.backend, device, len(dims.local_experts(moe.num_shards)))
         journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:
         return

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dmoe.engine import StepResult
 from dmoe.metrics import moe_rows, peak_flops
 from dmoe.models.counts import flops_per_token
 from dmoe.trainer.config import Config
@@ -20,13 +21,17 @@ class LogMetrics(Callback):
 
     def __init__(self, config: Config, journal: Journal, *, device: torch.device, world_size: int):
         self.config, self.journal = config, journal
-        self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
+        model, seq_len = config.model, config.train.seq_len
+        self.flops_without_experts = flops_per_token(model, seq_len, k=0)
+        self.flops_per_expert = flops_per_token(model, seq_len, k=1) - self.flops_without_experts
+        self.window = _Slots()
         self.peak = config.metrics.peak_flops or _known_peak(config, device)
         self.world_size = world_size
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write the row, and now and then the image of the experts' load."""
         step = trainer.progress.step
+        self.window.add(record.result)
         if trainer.due(self.config.metrics.log_every):
             self.journal.row(self._row(trainer, record))
         heatmap_every = self.config.metrics.heatmap_every
@@ -50,7 +55,9 @@ class LogMetrics(Callback):
             "memory_gib": _peak_memory() / 2**30,
         }
         if self.peak:
-            row["mfu_active"] = window.mfu(self.flops_per_token, self.peak * self.world_size)
+            flops = self.flops_without_experts + self.flops_per_expert * self.window.mean_k
+            row["mfu_active"] = window.mfu(flops, self.peak * self.world_size)
+        self.window = _Slots()
         if self.config.model.moe is None:
             return row
         row |= {_AUX_KEYS[name]: value for name, value in result.aux_losses.items()}
@@ -62,8 +69,8 @@ class LogMetrics(Callback):
         detailed = self.config.metrics.moe == "detailed"
         return row | moe_rows(
             result.counts_LE,
-            result.entropy_L,
             result.dropped_L,
+            result.means,
             num_tokens=result.num_tokens,
             bias_LE=torch.stack(biases).cpu() if biases else None,
             layer_ids=self.config.model.moe_layers if detailed else (),
@@ -85,7 +92,7 @@ class HeldOut(Protocol):
 
 
 class Evaluate(Callback):
-    """Measures the held-out loss every `eval.every` steps and at the last one.
+    """Measures the held-out loss every `eval.every` steps and at the last one, at each `eval.k`.
 
     Args:
         config: of the run.
@@ -97,23 +104,28 @@ class Evaluate(Callback):
         self.config, self.journal, self.measure = config, journal, measure
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """Measure, write a row, and remember the loss for the checkpoint of this step."""
+        """Measure, write a row each, and remember the first loss for this step's checkpoint."""
         if not trainer.due(self.config.eval.every):
             return
-        with trainer.throughput.paused():
-            held_out = self.measure(self.config.eval.max_batches)
+        rows = [self._row(trainer, k) for k in self.config.eval.k or (None,)]
         # A checkpoint cannot be the best for a loss that is not a number.
-        finite = math.isfinite(held_out.loss)
-        trainer.progress.eval_loss = held_out.loss if finite else None
+        loss = rows[0]["eval_loss"]
+        trainer.progress.eval_loss = loss if math.isfinite(loss) else None
+        for row in rows:
+            self.journal.row(row)
+
+    def _row(self, trainer: Trainer, k: int | None) -> dict[str, Any]:
+        with trainer.throughput.paused(), trainer.engine.model.at_k(k):
+            held_out = self.measure(self.config.eval.max_batches)
         moe = self.config.model.moe
         row: dict[str, Any] = {
             "step": trainer.progress.step,
             "eval_loss": held_out.loss,
-            "k": moe.router.top_k if moe else None,
+            "k": k or (moe.used_router.fixed_k if moe else None),
         }
         if held_out.bits_per_byte is not None:
             row["eval_bits_per_byte"] = held_out.bits_per_byte
-        self.journal.row(row)
+        return row
 
 
 class SaveCheckpoints(Callback):
@@ -145,6 +157,23 @@ class TellStatus(Callback):
     def on_end(self, trainer: Trainer) -> None:
         """Say that it is complete."""
         self.journal.status("finished", trainer.progress.step)
+
+
+class _Slots:
+    """Counts the experts that tokens really had between two rows."""
+
+    def __init__(self) -> None:
+        self.served = self.possible = 0
+
+    def add(self, result: StepResult) -> None:
+        """Add a step."""
+        self.served += int(result.counts_LE.sum() - result.dropped_L.sum())
+        self.possible += result.num_tokens * len(result.counts_LE)
+
+    @property
+    def mean_k(self) -> float:
+        """Experts per token and MoE layer, without the dropped ones."""
+        return self.served / max(1, self.possible)
 
 
 _AUX_KEYS = {"load_balance": "aux_loss", "z": "z_loss"}

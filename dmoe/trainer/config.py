@@ -77,6 +77,10 @@ class EvalConfig(ConfigModel):
     max_batches: PositiveInt | None = None
     """Micro-batches of an evaluation during training, which also decides which checkpoint is best;
     null for the whole split, which is measured once more at the end in any case."""
+    k: tuple[PositiveInt, ...] = ()
+    """Experts per token, in every MoE layer, at which an evaluation during training is made, a row
+    each; the first one decides which checkpoint is best. Empty for the router's own number alone,
+    which the measurement at the end of training takes in any case."""
     prompt: str = Field(default="def ", min_length=1)
     """Start of the sample that is generated at the end of training."""
     sample_tokens: NonNegativeInt = 200
@@ -135,12 +139,23 @@ class Config(ConfigModel):
                     key="parallel.ep",
                 )
             return self
-        if moe.num_experts % self.parallel.ep:
+        if moe.num_shards % self.parallel.ep:
+            blocks = " blocks of model.moe.infinite" if moe.infinite else ""
             raise ConfigError(
-                f"model.moe.num_experts = {moe.num_experts} is not a multiple of parallel.ep = "
-                f"{self.parallel.ep}, so the ranks cannot hold equally many: change either",
+                f"model.moe.num_experts = {moe.num_shards}{blocks} is not a multiple of "
+                f"parallel.ep = {self.parallel.ep}, so the ranks cannot hold equally many: change "
+                f"either",
                 key="model.moe.num_experts",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _model_runs_at_eval_k(self) -> "Config":
+        for k in self.eval.k:
+            try:
+                self.model.k_of_layers(k)
+            except ConfigError as error:
+                raise ConfigError(str(error), key="eval.k") from None
         return self
 
     def check_world(self, world_size: int) -> None:

@@ -58,12 +58,12 @@ class Estimate:
     world_size: int
     num_params: int
     num_active_params: int
-    """Parameters that a token uses."""
+    """Parameters that a token uses, on average where its number of experts varies."""
     params_by_kind: dict[str, int]
     memory: Memory
     """Bytes a rank. What libraries, the allocator and single operations need comes on top."""
     flops_per_token: int
-    """Forward and backward."""
+    """Forward and backward, with the mean number of experts."""
     tokens_per_step: int
     grad_accum_steps: int
     """Micro-batches of a rank in a step."""
@@ -113,7 +113,7 @@ def estimate(config: Config, world_size: int | None = None) -> Estimate:
     model, train = config.model, config.train
     counts = params_by_kind(model)
     return Estimate(
-        layout=dims.describe(model.moe.num_experts if model.moe else 0),
+        layout=dims.describe(model.moe.num_shards if model.moe else 0),
         world_size=world_size,
         num_params=sum(counts.values()),
         num_active_params=num_active_params(model),

@@ -25,6 +25,7 @@ class Journal:
 
     def __init__(self, config: Config, *, rank: int, step: int):
         self.folder = config.run.folder
+        self.forced_k = bool(config.eval.k)
         self.enabled = rank == 0
         self.console = Console(config.train.steps, enabled=self.enabled)
         self.jsonl: JsonlWriter | None = None
@@ -51,8 +52,8 @@ class Journal:
         if self.jsonl is not None:
             self.jsonl.write(row)
         if self.tensorboard is not None:
-            # A run's own evaluations are one curve, whatever the number of experts that they use.
-            curves = {key: value for key, value in row.items() if key != "k"}
+            # At the router's own number of experts evaluations are one curve, whatever it is.
+            curves = {key: row[key] for key in row if key != "k" or self.forced_k}
             self.tensorboard.scalars(row["step"], tensorboard_scalars(curves))
             self.tensorboard.flush()
         self.console.row(row)

@@ -49,7 +49,7 @@ def train_step(
     progress.eval_loss = None
     if finite:
         progress.skipped_in_a_row = 0
-        engine.step(lr, result.counts_LE)
+        engine.step(lr, result)
     else:
         progress.skipped += 1
         progress.skipped_in_a_row += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dmoe.engine import NativeEngine, native
+from dmoe.engine import NativeEngine, passes
 from dmoe.models import lm_loss
 from dmoe.models.decoder import DecoderLM
 
@@ -74,7 +74,7 @@ def parameter(engine: NativeEngine) -> Iterator[None]:
 @contextmanager
 def loss(engine: NativeEngine) -> Iterator[None]:
     """The loss, after a forward pass that is finite."""
-    with patch.object(native, "lm_loss", lambda logits, labels: lm_loss(logits, labels) * math.nan):
+    with patch.object(passes, "lm_loss", lambda logits, labels: lm_loss(logits, labels) * math.nan):
         yield
 
 

@@ -14,6 +14,7 @@ from tiny import InterruptedTrainingError, Watch, tiny_config
 from dmoe.config import load_config
 from dmoe.metrics.jsonl import read_metrics
 from dmoe.metrics.names import tensorboard_scalars
+from dmoe.models.counts import flops_per_token
 from dmoe.train import measure
 from dmoe.trainer.build import open_run
 from dmoe.trainer.callbacks import Evaluate, LogMetrics, SaveCheckpoints, TellStatus
@@ -37,9 +38,9 @@ class PoisonOneStep(Callback):
             self.bad.__exit__(None, None, None)
 
 
-def run_config(store: Path, folder: Path, **metrics: Any) -> Config:
+def run_config(store: Path, folder: Path, k: tuple[int, ...] = (), **metrics: Any) -> Config:
     common = {"log_every": 1, "heatmap_every": 3, "peak_flops": 1e12, "tensorboard": True}
-    evaluation = {"every": 3, "max_batches": 1}
+    evaluation = {"every": 3, "max_batches": 1, "k": k}
     return tiny_config(store, folder, metrics={**common, **metrics}, eval=evaluation)
 
 
@@ -109,6 +110,60 @@ def test_rows_and_curves_of_a_run_with_a_skipped_step(token_store: Path, tmp_pat
     skipped = {event.step: event.value for event in seen.Scalars("train/skipped")}
     assert skipped == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
     assert [image.step for image in seen.Images("moe/load")] == [3, 6]
+
+
+def test_rows_tell_the_experts_that_tokens_really_had(token_store: Path, tmp_path: Path) -> None:
+    """Of an elastic run with a capacity: slots asked for, and utilisation by those served."""
+    config = run_config(token_store, tmp_path, moe="detailed", log_every=2, tensorboard=False)
+    tree = config.model_dump(mode="json")
+    tree["model"]["moe"] |= {"num_dense_layers": 0, "capacity": {"factor": 0.8}}
+    tree["model"]["moe"]["elastic"] = {"k_max": 4, "budget": 5}
+    config = Config.model_validate(tree)
+    seen = []
+
+    class Look(Callback):
+        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+            seen.append(record.result)
+
+    train(config, Look())
+    training = [row for row in rows(config) if "loss" in row]
+    assert [row["step"] for row in training] == [2, 4, 6]
+    for row in training:
+        window = seen[row["step"] - 2 : row["step"]]
+        assert row["k_sum"] == pytest.approx(5)
+        assert row["moe/layer_0/k_mean"] + row["moe/layer_1/k_mean"] == pytest.approx(5)
+        assert row["moe/layer_0/k_mean"] == window[1].counts_LE[0].sum() / window[1].num_tokens
+        dropped = sum(int(result.dropped_L.sum()) for result in window)
+        num_tokens = sum(result.num_tokens for result in window)
+        assert dropped > 0
+        served_k = 5 / 2 - dropped / num_tokens / 2
+        flops = flops_per_token(config.model, config.train.seq_len, k=served_k)
+        assert row["mfu_active"] == pytest.approx(row["tokens_per_second"] * flops / 1e12, rel=1e-6)
+
+
+def test_evaluations_at_several_k_are_rows_and_curves(token_store: Path, tmp_path: Path) -> None:
+    """The first one is what the checkpoint goes by; training is as without them."""
+    config = run_config(token_store, tmp_path / "several", k=(4, 2, 1))
+    train(config)
+    evaluations = [row for row in rows(config) if "eval_loss" in row]
+    assert [(row["step"], row["k"]) for row in evaluations] == [
+        (step, k) for step in (3, 6) for k in (4, 2, 1)
+    ]
+    assert len({row["eval_loss"] for row in evaluations}) == 6
+    seen = events(config)
+    for row in evaluations[3:]:
+        last = seen.Scalars(f"eval/loss_k{row['k']}")[-1]
+        assert (last.step, last.value) == (6, pytest.approx(row["eval_loss"], rel=1e-5))
+    assert "eval/loss" not in seen.Tags()["scalars"]
+    with open_run(config, CPU) as run:
+        assert run.trainer.progress.eval_loss == evaluations[3]["eval_loss"]
+
+    own = run_config(token_store, tmp_path / "own")
+    train(own)
+    [*_, last] = [row for row in rows(own) if "eval_loss" in row]
+    assert last == evaluations[4], "the router's own is 2"
+    losses = [[row["loss"] for row in rows(c) if "loss" in row] for c in (config, own)]
+    assert losses[0] == losses[1]
 
 
 def test_a_resumed_run_records_what_a_straight_one_does(token_store: Path, tmp_path: Path) -> None:

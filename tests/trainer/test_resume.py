@@ -13,8 +13,19 @@ from dmoe.trainer.build import open_run
 
 Sections = dict[str, dict[str, Any]]
 
+EXPERTS = {"num_experts": 8, "expert_ffn_dim": 16}
+# The range of k widens until after the interruption; and p moves after every step.
+ELASTIC: Sections = {"model": {"moe": {**EXPERTS, "elastic": {"k_max": 4, "widen_steps": 5}}}}
+TOP_P: Sections = {
+    "model": {"moe": {**EXPERTS, "router": {"name": "top_p", "controller": {"target_k": 2}}}}
+}
+BLOCKS: Sections = {"model": {"moe": {**EXPERTS, "infinite": {"granularity": "block"}}}}
+NEURONS: Sections = {"model": {"moe": {**EXPERTS, "infinite": {"latent_dim": 6}}}}
 ONE_PROCESS: list[Sections] = [
     {},
+    ELASTIC,
+    TOP_P,
+    BLOCKS,
     {"engine": {"precision": "fp32"}, "train": {"recompute": "full"}},
 ]
 TWO_RANKS: list[Sections] = [
@@ -22,6 +33,7 @@ TWO_RANKS: list[Sections] = [
     {"parallel": {"ep": 2}},
     {"engine": {"zero_stage": 2}},
     {"engine": {"zero_stage": 3}, "parallel": {"ep": 2}},
+    {"engine": {"zero_stage": 3}, **NEURONS},
     {
         "parallel": {"ep": 2},
         "engine": {"precision": "bf16", "zero_stage": 2},
@@ -64,10 +76,12 @@ def _train(store: Path, folder: Path, sections: dict[str, Any], die_after: int |
     return rows, {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def _go_through(journey: list[tuple[int, Sections]], store: Path, folder: Path) -> None:
+def _go_through(
+    journey: list[tuple[int, Sections]], store: Path, folder: Path, model: Sections | None = None
+) -> None:
     """Train a step or so on each layout in turn and compare with one process all the way."""
     every = {"checkpoint": {"every": 1}}
-    straight, state = _train(store, folder / "straight", every, None)
+    straight, state = _train(store, folder / "straight", {**every, **(model or {})}, None)
     rows: dict[int, Any] = {}
     for stage, (world_size, sections) in enumerate(journey, start=1):
         die_after = stage if stage < len(journey) else None
@@ -92,6 +106,17 @@ def test_a_run_goes_on_on_another_layout(token_store, tmp_path) -> None:
     stage_3_ep_2: Sections = {"engine": {"zero_stage": 3}, "parallel": {"ep": 2}}
     journey = [(1, {}), (2, stage_3_ep_2), (4, {"parallel": {"ep": 4}}), (1, {})]
     _go_through(journey, token_store, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "varying",
+    [ELASTIC, BLOCKS, pytest.param(TOP_P, marks=pytest.mark.slow)],
+    ids=["elastic", "infinite", "top_p"],
+)
+def test_a_varying_run_goes_on_on_another_layout(varying, token_store, tmp_path) -> None:
+    """The k of a step, its samples, and the threshold that follows k, do not depend on the rank."""
+    journey = [(1, varying), (2, varying | {"parallel": {"ep": 2}})]
+    _go_through(journey, token_store, tmp_path, varying)
 
 
 @pytest.mark.slow
@@ -155,6 +180,18 @@ def test_starting_from_another_run(token_store, tmp_path) -> None:
         ConfigError, match="/nowhere is neither a checkpoint folder nor a run folder"
     ):
         run_tiny(nowhere)
+
+
+def test_the_range_of_k_may_change_on_resume_but_not_what_gates_mean(token_store, tmp_path) -> None:
+    config = tiny_config(token_store, tmp_path)
+    run_tiny(config, die_after=SAVE_EVERY)
+    tree = config.model_dump(mode="json")
+    tree["model"]["moe"]["elastic"] = {"k_min": 2, "k_max": 5, "normalize": False}
+    with pytest.raises(ConfigError, match=r"model\.moe\.elastic\.normalize was None .* now False"):
+        run_tiny(type(config).model_validate(tree))
+    del tree["model"]["moe"]["elastic"]["normalize"]
+    rows, _ = run_tiny(type(config).model_validate(tree))
+    assert min(rows) == SAVE_EVERY + 1
 
 
 def test_the_selection_bias_may_be_switched_off_on_resume(token_store, tmp_path) -> None:

@@ -45,6 +45,18 @@ CONFLICTS = {
         "model.moe.router.top_k",
         ["router.top_k = 5", "num_experts = 4"],
     ),
+    "eval.k": (
+        "model:\n  moe: {num_experts: 4, expert_ffn_dim: 8}\neval:\n  k: [2, 5]\n",
+        4,
+        "eval.k",
+        ["k = 5", "num_experts = 4"],
+    ),
+    "eval.k of a dense model": (
+        "eval:\n  k: [1]\n",
+        2,
+        "eval.k",
+        ["k = 1", "dense"],
+    ),
     "name": (
         "run:\n  name: a/b\n",
         2,

@@ -42,7 +42,7 @@ def our_step(config: Config, batch: MicroBatch) -> Callable[[], None]:
     def step() -> None:
         result = engine.forward_backward([batch], position)
         engine.clip(config.optim.max_grad_norm)
-        engine.step(config.optim.lr, result.counts_LE)
+        engine.step(config.optim.lr, result)
 
     return step
 
