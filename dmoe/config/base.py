@@ -1,5 +1,7 @@
 """The base of every config section, and the one error that means "the user's input is wrong"."""
 
+from typing import Literal, get_args, get_origin
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -26,4 +28,13 @@ class ConfigModel(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
         use_attribute_docstrings=True,
+        # On first use, when plug-ins can be looked for (`dmoe.config.plugins`).
+        defer_build=True,
     )
+
+
+def names_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """Return the names by which a section is chosen; nothing where it is no choice."""
+    field = section.model_fields.get("name")
+    is_choice = field is not None and get_origin(field.annotation) is Literal
+    return get_args(field.annotation) if field and is_choice else ()

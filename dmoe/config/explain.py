@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from dmoe.config.base import ConfigError
-from dmoe.config.choices import Sections, allowed_keys, key_paths, names_of, sections_under
+from dmoe.config.base import ConfigError, names_of
+from dmoe.config.choices import Sections, allowed_keys, key_paths, sections_under
 from dmoe.config.node import COMMAND_LINE, Node, Place
 
 _WORDING = {

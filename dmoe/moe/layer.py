@@ -20,8 +20,7 @@ from dmoe.moe.infinite import (
     check_infinite,
 )
 from dmoe.moe.losses import LossesConfig, load_balance_loss, z_loss
-from dmoe.moe.routers import RouterConfig, TopKConfig
-from dmoe.moe.routers.base import Router, RouterSection
+from dmoe.moe.routers import Router, RouterConfig, RouterSection, TopKConfig
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.moe.stats import MoEOutput, measure
 from dmoe.ops import Activation, Backend

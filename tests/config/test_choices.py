@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dmoe.config import ConfigModel
-from dmoe.config.choices import allowed_keys, key_paths, names_of, sections_of, sections_under
+from dmoe.config.base import names_of
+from dmoe.config.choices import allowed_keys, key_paths, sections_of, sections_under
 
 
 class TopK(ConfigModel):

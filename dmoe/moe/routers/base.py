@@ -3,12 +3,13 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config.base import ConfigModel
+from dmoe.config.plugins import OpenChoice
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.ops import router_gate
 
@@ -47,6 +48,12 @@ class RouterSection(ConfigModel):
     def build(self, *, dim: int, num_experts: int) -> "Router":
         """Build the router."""
         raise NotImplementedError
+
+
+RouterConfig = Annotated[
+    RouterSection, OpenChoice("dmoe.routers", RouterSection, "dmoe.moe.routers:ROUTERS")
+]
+"""Any router's section, chosen by `name`: one of `ROUTERS`, or a plug-in's."""
 
 
 class Router(nn.Module):
