@@ -107,7 +107,7 @@ def test_torchrun_commands_name_configs_that_load(
         load_config(config, overrides)
 
 
-@pytest.mark.parametrize("verb", re.findall(r"^\| `dmoe ([a-z ]+[a-z])", README, re.MULTILINE))
+@pytest.mark.parametrize("verb", re.findall(r"^\| `dmoe ([a-z -]+[a-z])", README, re.MULTILINE))
 def test_verbs_exist(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb.split(), "--help"]) == 0
     assert f" {verb} [OPTIONS]" in capsys.readouterr().out
