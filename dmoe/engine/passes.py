@@ -43,7 +43,7 @@ class Passes:
         k = self._elastic_k(position)
         counts_LE = self._count_beforehand(batches, position, k)
         moe = self.model.config.moe
-        aux_weights = moe.losses.weights() if moe else {}
+        aux_weights = moe.loss_weights() if moe else {}
         tally = Tally(self.model.config)
         for index, batch in enumerate(batches):
             context = _context(batch, position, totals, counts_LE, k)

@@ -197,6 +197,7 @@ class DecoderLM(nn.Module):
                 valid_T=valid_tokens(inputs),
                 token_ids_T=self._numbers(inputs, caches),
             )
+        context = replace(context, vocab_ids_T=inputs.tokens.flatten())
         if self._samples is not None and not context.training:
             context = replace(context, samples=self._samples)
         if context.k_L is None and self._k_L is not None:

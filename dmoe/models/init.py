@@ -1,8 +1,8 @@
 """Initial weights: a function of the seed and of each weight's global name, never of the layout.
 
 Matrices are normal with `init_std`; those that write to the residual stream are divided by
-sqrt(2 num_layers) (GPT-2); the latents of infinity-MoE have a rule of their own. Each expert has a
-stream of its own, under its global number.
+sqrt(2 num_layers) (GPT-2); the latents of infinity-MoE have a rule of their own, and modules that
+say `starts_at_zero` do. Each expert has a stream of its own, under its global number.
 """
 
 import math
@@ -26,6 +26,9 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if getattr(model.get_submodule(name.rpartition(".")[0]), "starts_at_zero", False):
+            local.zero_()
+            continue
         if parameter.ndim == 1:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

@@ -49,7 +49,8 @@ class MoEConfig(ConfigModel):
     capacity: CapacityConfig | None = None
     """Limit on the tokens of an expert; null for dropless."""
     losses: LossesConfig = Field(default_factory=LossesConfig)
-    """Auxiliary losses; with `infinite` none is on unless it is given."""
+    """Auxiliary losses; unless it is given, the load-balancing loss is off with `infinite` and with
+    routers that have other means."""
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
@@ -58,11 +59,17 @@ class MoEConfig(ConfigModel):
     with fewer than 64 experts a rank, where it is the faster, and "torch" elsewhere."""
 
     @model_validator(mode="after")
+    def _balance_loss_where_it_is_needed(self) -> "MoEConfig":
+        given = "load_balance_weight" in self.losses.model_fields_set
+        if self.used_router.balances_itself and not given:
+            losses = self.losses.model_copy(update={"load_balance_weight": 0.0})
+            # The section is frozen for those who use it, and this is still its making.
+            object.__setattr__(self, "losses", losses)
+        return self
+
+    @model_validator(mode="after")
     def _has_experts(self) -> "MoEConfig":
         if self.infinite is not None:
-            if "losses" not in self.model_fields_set:
-                # The section is frozen for those who use it, and this is still its making.
-                object.__setattr__(self, "losses", LossesConfig(load_balance_weight=0.0))
             check_infinite(self.infinite, self)
             return self
         for key in ("num_experts", "expert_ffn_dim"):
@@ -165,6 +172,10 @@ class MoEConfig(ConfigModel):
             return self.router
         return self.router.model_copy(update={"normalize": self.elastic.normalize})
 
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weight of each auxiliary loss in the training loss, without the zeros."""
+        return self.losses.weights() | self.used_router.loss_weights()
+
     @property
     def most_k(self) -> int:
         """The most experts that a token has in training."""
@@ -239,7 +250,7 @@ class MoELayer(SparseLayer):
         """Return the auxiliary losses that have a weight; none outside training."""
         config = self.config.losses
         weights = config.weights()
-        losses: dict[str, Tensor] = {}
+        losses = dict(routing.losses)
         if context.totals is None:
             return losses
         if "load_balance" in weights:

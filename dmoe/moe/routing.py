@@ -28,6 +28,9 @@ class Routing(NamedTuple):
     """(E,) int64 slots that the router gave each expert, before any capacity."""
     sums: dict[str, Tensor]
     """What else the router tells of itself, as in `MoEStats.sums`."""
+    losses: dict[str, Tensor]
+    """The router's own losses, unweighted, in training: () each, this micro-batch's share of the
+    global batch's; those that the weights of its section name."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class MoEContext:
     token_ids_T: Tensor | None = None
     """(T,) int64 number of each token in the order of all training tokens; needed by random
     routers."""
+    vocab_ids_T: Tensor | None = None
+    """(T,) int64 id of each token in the vocabulary; needed by routers that go by the word."""
     totals: BatchTotals | None = None
     """Set in training: the losses are normalised by it."""
     counts_LE: Tensor | None = None
@@ -139,6 +144,7 @@ def make_routing(
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
     sums: dict[str, Tensor] | None = None,
+    losses: dict[str, Tensor] | None = None,
 ) -> Routing:
     """Complete a routing: zero the weights of unused slots and count the slots of each expert."""
     used_TK = expert_ids_TK >= 0
@@ -149,6 +155,7 @@ def make_routing(
         logits_TE,
         count_slots(expert_ids_TK, logits_TE.shape[1]),
         sums or {},
+        losses or {},
     )
 
 

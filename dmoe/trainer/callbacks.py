@@ -60,7 +60,10 @@ class LogMetrics(Callback):
         self.window = _Slots()
         if self.config.model.moe is None:
             return row
-        row |= {_AUX_KEYS[name]: value for name, value in result.aux_losses.items()}
+        row |= {
+            _AUX_KEYS.get(name, f"moe/{name}_loss"): value
+            for name, value in result.aux_losses.items()
+        }
         biases = [
             bias
             for name, bias in trainer.engine.model.named_buffers()

@@ -25,6 +25,7 @@ class InfiniteSection(RouterSection):
     """What a model knows of the router that `model.moe.infinite` stands for."""
 
     takes_k = False
+    balances_itself = True
 
     name: Literal["infinite"] = "infinite"
     infinite: InfiniteConfig

@@ -25,6 +25,9 @@ class RouterSection(ConfigModel):
     takes_gate_threshold: ClassVar[bool] = False
     """Whether experts are chosen by score, so that a token may skip those of small score, or take a
     random subset of its best."""
+    balances_itself: ClassVar[bool] = False
+    """Whether the router has means of its own against uneven load; no load-balancing loss is then
+    on unless it is given."""
 
     @property
     def fixed_k(self) -> int | None:
@@ -45,6 +48,10 @@ class RouterSection(ConfigModel):
         assert self.fixed_k is not None, "where tokens differ, the router tells its own"
         return self.fixed_k
 
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights of the losses that are the router's own (`Routing.losses`)."""
+        return {}
+
     def build(self, *, dim: int, num_experts: int) -> "Router":
         """Build the router."""
         raise NotImplementedError
@@ -63,6 +70,8 @@ class Router(nn.Module):
     """
 
     gate: nn.Module
+    """Its parameters start as those of the model do, at zero where the module that holds them has
+    `starts_at_zero`."""
 
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""

@@ -1,0 +1,15 @@
+"""One section, or several, of each router there is: what the tests that go over all routers use."""
+
+from typing import Any
+
+NUM_EXPERTS = 8
+"""That the sections are meant for."""
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "top_k": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
+    "sigmoid": {"name": "top_k", "top_k": 3, "score": "sigmoid", "scaling_factor": 2.5},
+    "switch": {"name": "top_k", "top_k": 1, "normalize": False},
+    "top_p": {"name": "top_p", "p": 0.5, "controller": {"target_k": 3}},
+    "forced_balance": {"name": "forced_balance", "top_k": 2},
+}
+"""By a name of its own each, `model.moe.router`."""
