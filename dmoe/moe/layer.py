@@ -96,6 +96,7 @@ class MoEConfig(ConfigModel):
                     f"many experts at most; change either key",
                     key=key,
                 )
+        self.router.check(self)
         return self
 
     @model_validator(mode="after")

@@ -16,8 +16,9 @@ from dmoe.moe.infinite.initial import gain, init_latents
 from dmoe.moe.infinite.latent import LatentRouter, Noise
 from dmoe.moe.infinite.statistics import mask_sums, sigma_sums
 from dmoe.moe.routers.base import Router, RouterSection
+from dmoe.moe.routers.choice import slots_of
 from dmoe.moe.routing import MoEContext, Routing, make_routing
-from dmoe.ops import router_gate, top_k_ids
+from dmoe.ops import router_gate
 from dmoe.ops.top_mask import top_mask
 
 
@@ -105,9 +106,3 @@ class BlockGate(nn.Module):
         scores = [router_gate(z_TZ, self.w_z_FZ) for z_TZ in latents.z_TKZ.unbind(1)]
         scores_TSE = torch.stack(scores, dim=1)
         return scores_TSE, scores_TSE.mean(1), sigma_sums(latents, context)
-
-
-def slots_of(used_TE: Tensor, num_slots: int) -> Tensor:
-    """Return (T, K) int64: the ids of the used blocks, the lowest first, then -1."""
-    ids_TK = top_k_ids(used_TE.float(), num_slots)
-    return ids_TK.masked_fill(~used_TE.gather(1, ids_TK), -1)

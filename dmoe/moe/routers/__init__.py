@@ -1,15 +1,18 @@
 """Routers: `router(x_TD, context) -> Routing`. Each file has a config, a `build` and a module."""
 
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
+from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
 
-ROUTERS = (TopKConfig, TopPConfig, ForcedBalanceConfig)
+ROUTERS = (TopKConfig, TopPConfig, ExpertChoiceConfig, ForcedBalanceConfig)
 """The sections of the routers here; `RouterConfig` has those of plug-ins as well."""
 
 __all__ = [
     "ROUTERS",
+    "ExpertChoiceConfig",
+    "ExpertChoiceRouter",
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
     "Router",

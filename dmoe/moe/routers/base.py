@@ -3,7 +3,7 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from dmoe.config.base import ConfigModel
 from dmoe.config.plugins import OpenChoice
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.ops import router_gate
+
+if TYPE_CHECKING:  # the section that holds a router's
+    from dmoe.moe.layer import MoEConfig
 
 
 class RouterSection(ConfigModel):
@@ -28,6 +31,8 @@ class RouterSection(ConfigModel):
     balances_itself: ClassVar[bool] = False
     """Whether the router has means of its own against uneven load; no load-balancing loss is then
     on unless it is given."""
+    warning: ClassVar[str] = ""
+    """What the user must know before training or using a model; told at start."""
 
     @property
     def fixed_k(self) -> int | None:
@@ -37,6 +42,13 @@ class RouterSection(ConfigModel):
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""
         return {"router.top_k": self.fixed_k}
+
+    def check(self, moe: "MoEConfig") -> None:
+        """Check what depends on the rest of `model.moe`.
+
+        Raises:
+            ConfigError: it does not fit; the key is one of `model.moe`.
+        """
 
     def nominal_k(self, num_experts: int) -> float:
         """Return the experts per token by which a model is counted, where it has `num_experts`."""

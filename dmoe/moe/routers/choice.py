@@ -46,6 +46,19 @@ def most_slots(k: int | Tensor) -> int:
     return int(k.max()) if len(k) else 0
 
 
+def slots_of(used_TE: Tensor, num_slots: int | None = None) -> Tensor:
+    """Return (T, K) int64: the ids of the experts that are used, the lowest first, then -1.
+
+    Args:
+        used_TE: (T, E) bool.
+        num_slots: K, no less than any token uses; None for the most that one does.
+    """
+    if num_slots is None:
+        num_slots = int(used_TE.sum(1).max()) if len(used_TE) else 0
+    ids_TK = top_k_ids(used_TE.float(), num_slots)
+    return ids_TK.masked_fill(~used_TE.gather(1, ids_TK), -1)
+
+
 def random_subset(pool_TP: Tensor, k: int | Tensor, context: MoEContext) -> Tensor:
     """Return k random members of each token's pool, in the order of the pool.
 

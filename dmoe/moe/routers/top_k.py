@@ -2,20 +2,46 @@
 
 Softmax over all experts and then the choice (Switch, OLMoE, Qwen3-MoE), the choice and then softmax
 over it (Mixtral), or sigmoid scores with a selection bias (DeepSeek-V3, arXiv 2412.19437, eq.
-12-16).
+12-16), from a limited number of groups of experts, such as those of a node.
 """
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe.expert_bias import update_expert_bias
 from dmoe.moe.routers.base import Router, RouterGate, RouterSection
 from dmoe.moe.routers.choice import choose, divided_by_sum, scores_of, softmax_over_choice
 from dmoe.moe.routing import MoEContext, Routing, make_routing
+from dmoe.ops import top_k_ids
 from dmoe.rng import stream_key, token_uniform
+
+if TYPE_CHECKING:  # the section that holds this one
+    from dmoe.moe.layer import MoEConfig
+
+
+class GroupsConfig(ConfigModel):
+    """Group-limited routing: experts lie in equal groups of consecutive ids, and a token uses few.
+
+    With a group for each node, or each rank, a token is sent to so many of them at most.
+    """
+
+    num: PositiveInt
+    """Groups of experts (DeepSeek-V3: 8, one a node)."""
+    used: PositiveInt
+    """Groups that a token may use (DeepSeek-V3: 4; V2: 3). More, where it has more experts than
+    these groups hold."""
+    scored_by: PositiveInt | None = None
+    """The score of a group is the sum of so many best scores in it, bias included; null for
+    top_k / used rounded down, as in DeepSeek-V3, and one at least. 1 is the best score, as in
+    DeepSeek-V2."""
+
+    def scored(self, top_k: int) -> int:
+        """Return how many scores of a group are summed."""
+        return self.scored_by or max(1, top_k // self.used)
 
 
 class TopKConfig(RouterSection):
@@ -40,6 +66,48 @@ class TopKConfig(RouterSection):
     """The router's input is multiplied by U(1 - jitter, 1 + jitter) in training (Switch: 0.01)."""
     bias_update_rate: NonNegativeFloat = 0.0
     """Step of the loss-free balancing bias, 0 to have none (DeepSeek-V3: 0.001)."""
+    groups: GroupsConfig | None = None
+    """Take the experts of a token from its best groups of experts alone; null for no such limit."""
+
+    @model_validator(mode="after")
+    def _groups_hold_a_token(self) -> "TopKConfig":
+        if self.groups is not None and self.groups.used > self.groups.num:
+            raise ConfigError(
+                f"groups.used = {self.groups.used} is more than groups.num = {self.groups.num}: "
+                f"change either",
+                key="groups.used",
+            )
+        return self
+
+    def check(self, moe: "MoEConfig") -> None:
+        """Check the groups against the number of experts.
+
+        Raises:
+            ConfigError: they are not equally large, or too small for a token's experts or score.
+        """
+        groups, num_experts = self.groups, moe.experts
+        if groups is None:
+            return
+        if num_experts % groups.num:
+            raise ConfigError(
+                f"router.groups.num = {groups.num} does not divide num_experts = {num_experts} "
+                f"into equal groups: change either",
+                key="router.groups.num",
+            )
+        size = num_experts // groups.num
+        if self.top_k > groups.used * size:
+            raise ConfigError(
+                f"router.top_k = {self.top_k} is more than the {groups.used * size} experts of "
+                f"router.groups.used = {groups.used} groups of {size}: raise groups.used, or lower "
+                f"either of the others",
+                key="router.groups.used",
+            )
+        if groups.scored(self.top_k) > size:
+            raise ConfigError(
+                f"router.groups.scored_by = {groups.scored(self.top_k)} is more than the {size} "
+                f"experts of a group: lower it",
+                key="router.groups.scored_by",
+            )
 
     @property
     def fixed_k(self) -> int:
@@ -76,7 +144,11 @@ class TopKRouter(Router):
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""
         k = self.config.top_k if context.k is None else context.k
-        return choose(scores_TE + self.expert_bias_E, scores_TE, k, context)
+        keys_TE = scores_TE + self.expert_bias_E
+        if self.config.groups is not None:
+            scored = self.config.groups.scored(self.config.top_k)
+            keys_TE = within_groups(keys_TE, self.config.groups, scored, k, context.k_ideal)
+        return choose(keys_TE, scores_TE, k, context)
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """Return the (T, K) gates of the chosen experts, 0 in unused slots."""
@@ -93,6 +165,31 @@ class TopKRouter(Router):
         """Move the selection bias, if it has a rate, against the load of the step."""
         if self.config.bias_update_rate:
             update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)
+
+
+def within_groups(
+    keys_TE: Tensor, groups: GroupsConfig, scored: int, k: int | Tensor, k_ideal: int | None
+) -> Tensor:
+    """Return the keys, at -inf outside the best groups of each token.
+
+    Args:
+        keys_TE: (T, E) scores with their bias.
+        groups: how many there are, and how many a token uses.
+        scored: best keys of a group that make its score.
+        k: experts of every token, or (T,) int64 of each.
+        k_ideal: the best experts that they are drawn from, if they are.
+    """
+    num_tokens, num_experts = keys_TE.shape
+    size = num_experts // groups.num
+    keys_TGs = keys_TE.view(num_tokens, groups.num, size)
+    order_TG = top_k_ids(keys_TGs.topk(scored, dim=-1).values.sum(-1), groups.num)
+    # A larger number of experts than in training, in fewer groups than hold it, has those as well.
+    wanted_T1 = torch.as_tensor(k if k_ideal is None else k_ideal, device=keys_TE.device)
+    needed_T1 = (-(-wanted_T1 // size)).clamp(min=groups.used).expand(num_tokens)[:, None]
+    place_G = torch.arange(groups.num, device=keys_TE.device)
+    used_TG = torch.empty_like(order_TG, dtype=torch.bool)
+    used_TG.scatter_(1, order_TG, place_G < needed_T1)
+    return keys_TGs.masked_fill(~used_TG[:, :, None], -torch.inf).view_as(keys_TE)
 
 
 def jittered(x_TD: Tensor, jitter: float, context: MoEContext) -> Tensor:

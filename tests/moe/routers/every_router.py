@@ -9,6 +9,14 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
     "sigmoid": {"name": "top_k", "top_k": 3, "score": "sigmoid", "scaling_factor": 2.5},
     "switch": {"name": "top_k", "top_k": 1, "normalize": False},
+    "groups": {
+        "name": "top_k",
+        "top_k": 2,
+        "score": "sigmoid",
+        "bias_update_rate": 0.01,
+        "groups": {"num": 4, "used": 2},
+    },
+    "expert_choice": {"name": "expert_choice"},
     "top_p": {"name": "top_p", "p": 0.5, "controller": {"target_k": 3}},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
