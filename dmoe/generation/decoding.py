@@ -56,8 +56,8 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt; rounding aside, no continuation depends on the rest of the batch.
 
-    That does not hold for experts with a capacity, which the tokens of a batch share, nor for the
-    forced-balance router.
+    That does not hold for experts with a capacity, which the tokens of a batch share, nor where
+    experts choose, nor for the forced-balance router.
 
     Args:
         model: any decoder.

@@ -163,3 +163,13 @@ def test_every_verb_has_help(verb: str) -> None:
     outcome = dmoe(*verb.split(), "--help")
     assert outcome.status == 0
     assert "Usage" in outcome.out
+
+
+def test_a_router_with_a_warning_says_it_in_training_and_in_use(folder: Path) -> None:
+    router = ["model.moe.router.name=expert_choice", "run.name=looks_ahead", "train.steps=1"]
+    trained = dmoe("train", folder / "run.yaml", *router)
+    assert trained.status == 0, trained.err
+    assert "WARNING: model.moe.router.name = expert_choice is not causal" in trained.out
+    evaluated = dmoe("eval", folder / "looks_ahead", "--json")
+    assert len(evaluated.json()) == 1
+    assert "WARNING: model.moe.router.name = expert_choice is not causal" in evaluated.err

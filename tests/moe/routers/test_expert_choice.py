@@ -91,7 +91,7 @@ def test_a_later_token_changes_what_an_earlier_one_gets() -> None:
     router, context = build(factor=1.0), MoEContext(seq_len=SEQ_LEN)
     x_TD = torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(0)).double()
     before = router(x_TD, context).expert_ids_TK
-    x_TD[SEQ_LEN - 1] = 100 * x_TD[1]
+    x_TD[SEQ_LEN - 1] = 100 * x_TD[6]
     after = router(x_TD, MoEContext(seq_len=SEQ_LEN)).expert_ids_TK
     assert not torch.equal(before[: SEQ_LEN - 1], after[: SEQ_LEN - 1])
     assert torch.equal(before[SEQ_LEN:], after[SEQ_LEN:]), "another sequence is another group"
