@@ -133,7 +133,7 @@ class ModelConfig(ConfigModel):
         if not self.moe.router.takes_k:
             raise ConfigError(
                 f"k = {k}, but with the router {self.moe.router.name} the number of experts of a "
-                f"token follows from what the experts choose: leave k out"
+                f"token cannot be set: leave k out"
             )
         num_layers, num_experts = len(self.moe_layers), self.moe.experts
         k_L = (k,) * num_layers if isinstance(k, int) else tuple(k)

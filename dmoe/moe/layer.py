@@ -105,7 +105,7 @@ class MoEConfig(ConfigModel):
         if elastic is None:
             return self
         for key, holds, reason in (
-            ("elastic", not router.takes_k, "there the experts choose, so no token has a set k"),
+            ("elastic", not router.takes_k, "there the number of experts of a token is not set"),
             ("elastic", router.fixed_k is None, "it gives each token a k of its own"),
             (
                 "elastic.k_ideal",

@@ -3,10 +3,17 @@
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
 
-ROUTERS = (TopKConfig, TopPConfig, ExpertChoiceConfig, ForcedBalanceConfig)
+ROUTERS = (
+    TopKConfig,
+    TopPConfig,
+    SoftGateConfig,
+    ExpertChoiceConfig,
+    ForcedBalanceConfig,
+)
 """The sections of the routers here; `RouterConfig` has those of plug-ins as well."""
 
 __all__ = [
@@ -19,6 +26,8 @@ __all__ = [
     "RouterConfig",
     "RouterGate",
     "RouterSection",
+    "SoftGateConfig",
+    "SoftGateRouter",
     "TopKConfig",
     "TopKRouter",
     "TopPConfig",

@@ -18,6 +18,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "expert_choice": {"name": "expert_choice"},
     "top_p": {"name": "top_p", "p": 0.5, "controller": {"target_k": 3}},
+    "soft_gate": {"name": "soft_gate"},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""
