@@ -13,6 +13,7 @@ from dmoe.config.base import ConfigModel
 from dmoe.data import MicroBatch
 from dmoe.models import DecoderLM
 from dmoe.models.precision import Precision
+from dmoe.moe import SparseLayer
 
 
 class EngineConfig(ConfigModel):
@@ -57,8 +58,16 @@ class StepResult:
     """(L,) int64 slots without capacity."""
     means: dict[str, Tensor]
     """(L,) float64 each, the layers' other sums (`dmoe.moe.MoEStats`) by name, a token's mean."""
+    expert_means: dict[str, Tensor]
+    """(L, E) float64 each, the same of sums by expert."""
     num_tokens: int
     """Tokens that are not padding."""
+
+    def end_step(self, layers: Sequence[SparseLayer]) -> None:
+        """Let the MoE layers of a model adapt to the step."""
+        for index, layer in enumerate(layers):
+            means = {name: mean_LE[index] for name, mean_LE in self.expert_means.items()}
+            layer.end_step(self.counts_LE[index], self.num_tokens, means)
 
 
 class Engine(Protocol):

@@ -73,8 +73,7 @@ class NativeEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for layer, counts_E in zip(self.model.moe_layers, result.counts_LE, strict=True):
-            layer.end_step(counts_E, result.num_tokens)
+        result.end_step(self.model.moe_layers)
         self.loss_scale.step_taken()
 
     def skip(self) -> None:

@@ -3,6 +3,8 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from dmoe.moe.routing import MoEContext
@@ -24,5 +26,7 @@ class SparseLayer(nn.Module):
         """Return y_TD, without the residual, and the layer's losses and statistics."""
         raise NotImplementedError
 
-    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
-        """Adapt to a training step's slots per expert and tokens, over all ranks."""
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Adapt to a training step, as `Router.end_step` does."""

@@ -3,6 +3,8 @@
 Shapes: T tokens, D model dim, E experts, e local experts, K slots per token, R routed rows.
 """
 
+from collections.abc import Mapping
+
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -274,9 +276,11 @@ class MoELayer(SparseLayer):
         """What computes in float32 at least, whatever the precision of the model."""
         return [self.router.gate]
 
-    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
-        """Let the router adapt to a training step's slots per expert and tokens, over all ranks."""
-        self.router.end_step(counts_E, num_tokens)
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Let the router adapt to a training step."""
+        self.router.end_step(counts_E, num_tokens, means)
 
     def _global_counts(self, routing: Routing, context: MoEContext) -> Tensor:
         if context.counts_LE is not None:

@@ -2,7 +2,9 @@
 
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
+from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThresholdRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.relu import ReluConfig, ReluRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
@@ -11,6 +13,8 @@ ROUTERS = (
     TopKConfig,
     TopPConfig,
     SoftGateConfig,
+    ReluConfig,
+    ExpertThresholdConfig,
     ExpertChoiceConfig,
     ForcedBalanceConfig,
 )
@@ -20,8 +24,12 @@ __all__ = [
     "ROUTERS",
     "ExpertChoiceConfig",
     "ExpertChoiceRouter",
+    "ExpertThresholdConfig",
+    "ExpertThresholdRouter",
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
+    "ReluConfig",
+    "ReluRouter",
     "Router",
     "RouterConfig",
     "RouterGate",

@@ -3,6 +3,7 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -89,12 +90,16 @@ class Router(nn.Module):
         """Route each token of `x_TD`, (T, D)."""
         raise NotImplementedError
 
-    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Adapt to a training step.
 
         Args:
             counts_E: (E,) slots that each expert got over the global batch.
             num_tokens: tokens of the global batch that are not padding.
+            means: (E,) each, the sums by expert of `Routing.sums` over the global batch, a token's
+                mean; None where nothing is known of them.
         """
 
 

@@ -88,6 +88,8 @@ def without_small(ids_TK: Tensor, scores_TE: Tensor, threshold: float) -> Tensor
 
     Expert skipping of NAEE (arXiv 2402.14800), for any number of experts.
     """
+    if not ids_TK.shape[1]:  # no token has any
+        return ids_TK
     scores_TK = scores_of(ids_TK, scores_TE)
     largest_T1 = scores_TK.amax(dim=1, keepdim=True)
     return ids_TK.masked_fill(scores_TK < threshold * largest_T1, -1)

@@ -5,6 +5,7 @@ over it (Mixtral), or sigmoid scores with a selection bias (DeepSeek-V3, arXiv 2
 12-16), from a limited number of groups of experts, such as those of a node.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -161,7 +162,9 @@ class TopKRouter(Router):
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
 
-    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Move the selection bias, if it has a rate, against the load of the step."""
         if self.config.bias_update_rate:
             update_expert_bias(self.expert_bias_E, counts_E, self.config.bias_update_rate)

@@ -5,6 +5,7 @@ token has a wanted number of experts on average (DTop-p, arXiv 2512.13996; there
 layers, whose logits are normalised, where here each layer has its own).
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -117,7 +118,9 @@ class TopPRouter(Router):
         k_T = 1 + (reached_TE < self.config.p + self.p_shift).sum(dim=1)
         return k_T.clamp(max=self.config.most_k(self.num_experts))
 
-    def end_step(self, counts_E: Tensor, num_tokens: int) -> None:
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Move the threshold, if there is a controller, by the mean number of experts."""
         controller, num_slots = self.config.controller, counts_E.sum().item()
         if controller is None or not num_slots:  # a step of nothing but padding

@@ -19,6 +19,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert_choice": {"name": "expert_choice"},
     "top_p": {"name": "top_p", "p": 0.5, "controller": {"target_k": 3}},
     "soft_gate": {"name": "soft_gate"},
+    "relu": {"name": "relu", "target_k": 3, "penalty": 0.1},
+    "expert_threshold": {"name": "expert_threshold", "target_k": 2, "decay": 0.5},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""
