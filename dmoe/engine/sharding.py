@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dmoe.models import DecoderLM
 from dmoe.models.decoder import is_expert
-from dmoe.moe import MoELayer
 from dmoe.parallel import ParallelDims
 from dmoe.parallel.placement import expert_shard_dim
 
@@ -32,9 +31,10 @@ def shard_experts(
         return
     assert dims.expert_mesh is not None
     for layer in model.moe_layers:
-        if isinstance(layer, MoELayer):
+        experts = getattr(layer, "experts", None)
+        if experts is not None:
             fully_shard(
-                layer.experts,
+                experts,
                 mesh=dims.expert_mesh["edp"],
                 mp_policy=casting_policy(dtype),
                 reshard_after_forward=reshard_after_forward,

@@ -15,7 +15,7 @@ class Tally:
 
     def __init__(self, config: ModelConfig):
         self.num_layers = len(config.moe_layers)
-        self.num_experts = config.moe.experts if config.moe else 0
+        self.num_experts = config.moe.num_counted if config.moe else 0
         self.loss: Tensor | float = 0.0
         self.aux: dict[str, Tensor] = {}
         self.names: list[str] = []

@@ -63,7 +63,7 @@ class ModelConfig(ConfigModel):
                 f"head_dim = {self.width_of_head} is odd, but rotary positions turn pairs: make "
                 f"head_dim (or dim / num_heads) even"
             )
-        if self.moe is not None and self.moe.num_shards and self.moe.backend != "loop":
+        if self.moe is not None and self.moe.is_grouped and self.moe.backend != "loop":
             of_expert = "moe.infinite.block_size" if self.moe.infinite else "moe.expert_ffn_dim"
             for key, width in (("dim", self.dim), (of_expert, self.moe.expert_width)):
                 if width % 8:

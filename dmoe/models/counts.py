@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dmoe.models import ModelConfig, Recompute, build_model
+from dmoe.moe.routers import PeerConfig
 
 # The first part of a name that matches decides: "attn.q_norm.weight" is a norm.
 _KINDS = {
@@ -23,6 +24,7 @@ _KINDS = {
     ".attn.": "attention",
     ".shared_experts.": "shared_experts",
     ".experts.": "experts",
+    ".sub_keys": "sub_keys",
     ".router.": "router",
     ".ffn.": "dense_ffn",
 }
@@ -34,9 +36,9 @@ class ParameterInfo(NamedTuple):
     layer: int | None
     """Number of its layer; None outside the layers."""
     kind: str
-    """"embedding", "output", "attention", "dense_ffn", "experts", "shared_experts", "router" or
-    "norms"; of a continuous space of experts "space", its directions, and where it is not divided
-    into experts "neurons" and "deeper_neurons"."""
+    """"embedding", "output", "attention", "dense_ffn", "experts", "shared_experts", "router",
+    "sub_keys" of product keys, or "norms"; of a continuous space of experts "space", its
+    directions, and where it is not divided into experts "neurons" and "deeper_neurons"."""
     shape: torch.Size
 
 
@@ -98,6 +100,9 @@ def flops_per_token(
         if len(shape) > 1 and kind != "embedding":
             matrices += shape.numel()
             experts += shape.numel() if kind == "experts" else 0
+            if kind == "sub_keys" and config.moe:  # every head looks at them
+                assert isinstance(config.moe.router, PeerConfig)
+                matrices += shape.numel() * (config.moe.router.heads - 1)
             if kind in ("space", "deeper_neurons") and config.moe and config.moe.infinite:
                 matrices += shape.numel() * (config.moe.infinite.samples - 1)
     if config.tie_embeddings:
@@ -203,6 +208,8 @@ def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> 
         num_layers, samples = moe.infinite.deep.layers, moe.infinite.samples
         between = samples * (num_layers - 1) * width
         return norm + samples * num_layers * (hidden + 2 * width) + between + width
+    if not moe.is_grouped:
+        return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.
     k = moe.elastic.k_max if moe.elastic else moe.used_router.nominal_k(moe.experts)
     routed = k * (2 if gated else 1) * moe.expert_width

@@ -1,7 +1,7 @@
 """Initial weights: a function of the seed and of each weight's global name, never of the layout.
 
 Matrices are normal with `init_std`; those that write to the residual stream are divided by
-sqrt(2 num_layers) (GPT-2); the latents of infinity-MoE have a rule of their own, and modules that
+sqrt(2 num_layers) (GPT-2); infinity-MoE and PEER have rules of their own, and modules that
 say `starts_at_zero` do. Each expert has a stream of its own, under its global number.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from dmoe.models.decoder import DecoderLM, is_expert
-from dmoe.moe.infinite import initial_std
+from dmoe.moe import infinite, peer
 from dmoe.parallel import ParallelDims
 from dmoe.rng import torch_generator
 
@@ -36,8 +36,9 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
         if ".deeper_neurons." in name:
             # Reads F neurons of mean square 1 where the first layer reads D numbers.
             std *= math.sqrt(config.dim / parameter.shape[1])
-        latent_std = initial_std(name, parameter.shape)
-        std = std if latent_std is None else latent_std
+        for rule in (infinite.initial_std, peer.initial_std):
+            own_std = rule(name, parameter.shape)
+            std = std if own_std is None else own_std
         owned, rows = _owned(parameter)
         if is_expert(name):
             assert config.moe is not None

@@ -164,7 +164,17 @@ class MoEConfig(ConfigModel):
     def num_shards(self) -> int:
         """Experts of a layer that expert parallelism divides: none of single neurons."""
         is_dense = self.infinite is not None and self.infinite.granularity == "neuron"
-        return 0 if is_dense else self.experts
+        return 0 if is_dense else self.used_router.num_shards(self.experts)
+
+    @property
+    def num_counted(self) -> int:
+        """Length of the counts of slots that a layer reports: of its experts, or sets of them."""
+        return self.used_router.num_counted(self.experts)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether grouped GEMMs run the experts."""
+        return bool(self.num_shards) and self.used_router.is_grouped
 
     @property
     def used_router(self) -> RouterSection:
@@ -194,10 +204,13 @@ class MoEConfig(ConfigModel):
         self, *, dim: int, activation: Activation, dims: ParallelDims | None = None
     ) -> SparseLayer:
         """Build a layer; it holds this rank's share of the experts."""
+        dims = dims or ParallelDims()
         if self.infinite is None or self.infinite.granularity == "block":
-            return MoELayer(self, dim=dim, activation=activation, dims=dims)
-        layer = NeuronLayer if self.infinite.deep is None else DeepNeuronLayer
-        return layer(self.infinite, width=self.space_width, dim=dim, activation=activation)
+            build = self.used_router.build_layer
+            layer = build(self, dim=dim, activation=activation, dims=dims)
+            return layer or MoELayer(self, dim=dim, activation=activation, dims=dims)
+        neurons = NeuronLayer if self.infinite.deep is None else DeepNeuronLayer
+        return neurons(self.infinite, width=self.space_width, dim=dim, activation=activation)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Say whether layer `layer`, counted from 0, is a MoE layer."""

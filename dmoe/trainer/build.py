@@ -185,10 +185,10 @@ def _introduce(
 ) -> None:
     """Print the layout, and where a resumed run stands."""
     moe = config.model.moe
-    journal.message(dims.describe(moe.num_shards if moe else 0))
+    journal.message(dims.describe(moe.experts if moe and moe.num_shards else 0))
     if moe is not None and moe.used_router.warning:
         journal.message(f"WARNING: {moe.used_router.warning}")
-    if moe is not None and moe.num_shards and moe.backend == "auto":
+    if moe is not None and moe.is_grouped and moe.backend == "auto":
         backend = resolve_backend(moe.backend, device, len(dims.local_experts(moe.num_shards)))
         journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:

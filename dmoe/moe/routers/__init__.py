@@ -4,6 +4,7 @@ from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSectio
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThresholdRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
@@ -16,6 +17,7 @@ ROUTERS = (
     ReluConfig,
     ExpertThresholdConfig,
     ExpertChoiceConfig,
+    PeerConfig,
     ForcedBalanceConfig,
 )
 """The sections of the routers here; `RouterConfig` has those of plug-ins as well."""
@@ -28,6 +30,7 @@ __all__ = [
     "ExpertThresholdRouter",
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
+    "PeerConfig",
     "ReluConfig",
     "ReluRouter",
     "Router",

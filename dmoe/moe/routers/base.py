@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from dmoe.config.base import ConfigModel
 from dmoe.config.plugins import OpenChoice
+from dmoe.moe.base import SparseLayer
 from dmoe.moe.routing import MoEContext, Routing
-from dmoe.ops import router_gate
+from dmoe.ops import Activation, router_gate
+from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds a router's
     from dmoe.moe.layer import MoEConfig
@@ -32,6 +34,8 @@ class RouterSection(ConfigModel):
     balances_itself: ClassVar[bool] = False
     """Whether the router has means of its own against uneven load; no load-balancing loss is then
     on unless it is given."""
+    is_grouped: ClassVar[bool] = True
+    """Whether the experts are networks that grouped GEMMs run."""
     warning: ClassVar[str] = ""
     """What the user must know before training or using a model; told at start."""
 
@@ -64,6 +68,29 @@ class RouterSection(ConfigModel):
     def loss_weights(self) -> dict[str, float]:
         """Return the weights of the losses that are the router's own (`Routing.losses`)."""
         return {}
+
+    def num_shards(self, num_experts: int) -> int:
+        """Return into how many equal parts expert parallelism may divide the experts."""
+        return num_experts
+
+    def num_counted(self, num_experts: int) -> int:
+        """Return the length of the counts of slots that the layer reports."""
+        return num_experts
+
+    def kept_width(self, dim: int, *, exchanged: bool) -> int:
+        """Return the numbers that a token keeps for backward where no grouped GEMM runs experts.
+
+        Args:
+            dim: of the model.
+            exchanged: experts are on several ranks.
+        """
+        raise NotImplementedError
+
+    def build_layer(
+        self, moe: "MoEConfig", *, dim: int, activation: Activation, dims: ParallelDims
+    ) -> SparseLayer | None:
+        """Build the whole layer where it is not a `MoELayer` around the router; else None."""
+        return None
 
     def build(self, *, dim: int, num_experts: int) -> "Router":
         """Build the router."""
