@@ -22,6 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "losses": {"load_balance_weight": 0.1, "load_balance_scope": "sequence"},
     },
+    "sparse_mixer": {"router": {"name": "sparse_mixer", "jitter": 0.3}},
     "relu": {"router": {"name": "relu", "target_k": 1, "penalty": 0.1}},
     "expert_threshold": {"router": {"name": "expert_threshold", "decay": 0.5}},
     "peer": {

@@ -7,12 +7,14 @@ from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRo
 from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
+from dmoe.moe.routers.sparse_mixer import SparseMixerConfig, SparseMixerRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
 
 ROUTERS = (
     TopKConfig,
     TopPConfig,
+    SparseMixerConfig,
     SoftGateConfig,
     ReluConfig,
     ExpertThresholdConfig,
@@ -39,6 +41,8 @@ __all__ = [
     "RouterSection",
     "SoftGateConfig",
     "SoftGateRouter",
+    "SparseMixerConfig",
+    "SparseMixerRouter",
     "TopKConfig",
     "TopKRouter",
     "TopPConfig",

@@ -21,6 +21,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "soft_gate": {"name": "soft_gate"},
     "relu": {"name": "relu", "target_k": 3, "penalty": 0.1},
     "expert_threshold": {"name": "expert_threshold", "target_k": 2, "decay": 0.5},
+    "sparse_mixer": {"name": "sparse_mixer", "jitter": 0.3},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""

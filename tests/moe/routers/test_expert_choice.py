@@ -78,7 +78,7 @@ def test_no_tokens() -> None:
 
 def test_a_number_of_experts_a_token_is_refused() -> None:
     moe = {"num_experts": 8, "expert_ffn_dim": 8, "router": {"name": "expert_choice"}}
-    with pytest.raises(ValidationError, match="there the experts choose, so no token has a set k"):
+    with pytest.raises(ValidationError, match="the number of experts of a token is not set"):
         MoEConfig.model_validate({**moe, "elastic": {"k_max": 2}})
     with pytest.raises(ValidationError, match=r"router.factor = 9.* is more than num_experts = 8"):
         MoEConfig.model_validate({**moe, "router": {"name": "expert_choice", "factor": 9}})
