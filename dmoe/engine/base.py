@@ -5,12 +5,14 @@ Called by the trainer in this order: `forward_backward`, `clip`, then `step` or 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from dmoe.config.base import ConfigModel
+from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.data import MicroBatch
+from dmoe.engine.zero_config import deepspeed_settings
 from dmoe.models import DecoderLM
 from dmoe.models.precision import Precision
 from dmoe.moe import SparseLayer
@@ -19,16 +21,58 @@ from dmoe.moe import SparseLayer
 class EngineConfig(ConfigModel):
     """What shards and computes a step."""
 
-    name: Literal["native"] = "native"
-    """"native" is FSDP2 with experts over their own ranks."""
-    zero_stage: Literal[0, 2, 3] = 0
-    """What the ranks share out: 0 nothing, 2 gradients and optimizer state, 3 parameters as well.
-    Experts are shared out over the ranks that hold the same ones."""
+    name: Literal["native", "deepspeed"] = "native"
+    """"native" is FSDP2; "deepspeed" is ZeRO for the dense parameters of the layers. Experts are
+    dmoe's own in both."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the ranks share out: 0 nothing (native), 1 optimizer state (deepspeed), 2 gradients as
+    well, 3 parameters as well. Experts are shared out over the ranks that hold the same ones; by
+    deepspeed with gradients and optimizer state at every stage."""
     precision: Precision = "fp32"
     """Of activations and products. Master weights, gradients and optimizer state are float32; fp64,
     for proofs, is float64 throughout."""
     compile: bool = False
-    """Compile attention, norms and dense feed-forward layers with `torch.compile`."""
+    """Compile attention, norms and dense feed-forward layers with `torch.compile` (native)."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's configuration, under its names; what dmoe decides is refused."""
+
+    @model_validator(mode="after")
+    def _back_end_can(self) -> "EngineConfig":
+        if self.name == "native":
+            _check_native(self)
+        else:
+            _check_deepspeed(self)
+        return self
+
+
+def _check_native(config: EngineConfig) -> None:
+    if config.zero_stage == 1:
+        raise ConfigError(
+            "zero_stage = 1 is a stage of name = deepspeed alone: choose 2, which shares out "
+            "gradients as well, or that engine",
+            key="zero_stage",
+        )
+    if config.deepspeed:
+        raise ConfigError(
+            "deepspeed has settings, but name = native does not read them: remove them, or set "
+            "name = deepspeed",
+            key="deepspeed",
+        )
+
+
+def _check_deepspeed(config: EngineConfig) -> None:
+    stage, precision = config.zero_stage, config.precision
+    for key, holds, reason in (
+        ("zero_stage", stage == 0, "shares out something: set zero_stage to 1, 2 or 3"),
+        ("precision", precision == "fp64", "has no float64: set precision to fp32, bf16 or fp16"),
+        ("compile", config.compile, "runs eagerly: set compile to false"),
+    ):
+        if holds:
+            raise ConfigError(
+                f"{key} = {getattr(config, key)}, but name = deepspeed {reason}, or name to native",
+                key=key,
+            )
+    deepspeed_settings(stage=stage, precision=precision, extra=config.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -94,7 +138,7 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Return parameters, buffers and optimizer state under global names and shapes.
 
-        The tensors are the live ones, to be saved, or filled in place when loading.
+        To be saved; or to be filled in place and given to `load_state`.
         """
         ...
 
@@ -102,6 +146,6 @@ class Engine(Protocol):
         """Return the numbers that belong to the state."""
         ...
 
-    def load_scalars(self, scalars: dict[str, float]) -> None:
-        """Take back what `scalars` returned; call after `state` has been filled."""
+    def load_state(self, state: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Take back what `state` and `scalars` returned, filled with other values."""
         ...

@@ -32,6 +32,11 @@ def all_reduce_coalesced(tensors: Sequence[Tensor], group: dist.ProcessGroup | N
             bucket, size = [], 0
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return what scales gradients of a norm down to `max_norm` (0: nothing does)."""
+    return max_norm / norm if max_norm and norm > max_norm else 1.0
+
+
 @dataclass(frozen=True)
 class Gradients:
     """This rank's gradients, as plain local tensors by how many ranks hold the same ones."""
@@ -40,20 +45,14 @@ class Gradients:
     dims: ParallelDims
 
     @classmethod
-    def of(
-        cls,
-        parameters: Iterable[tuple[str, Tensor]],
-        dims: ParallelDims,
-        shares: Sequence[Tensor] = (),
-    ) -> "Gradients":
+    def of(cls, parameters: Iterable[tuple[str, Tensor]], dims: ParallelDims) -> "Gradients":
         """Collect the gradients of named parameters, sharded or not.
 
         Args:
             parameters: each with its gradient.
             dims: the layout.
-            shares: more gradients, which this rank alone holds.
         """
-        by_copies: dict[int, list[Tensor]] = {1: list(shares)} if shares else {}
+        by_copies: dict[int, list[Tensor]] = {}
         for name, parameter in parameters:
             gradient = parameter.grad
             assert gradient is not None, f"{name} has no gradient"
@@ -72,22 +71,9 @@ class Gradients:
         assert isinstance(total, Tensor)
         return all_reduce_sum(total, self.dims.world_group).sqrt().item()
 
-    def clip(self, max_norm: float, loss_scale: float = 1.0) -> float:
-        """Take out the loss scale, scale down to a norm of `max_norm` (0: do not), return the norm.
-
-        Args:
-            max_norm: of the gradients without loss scale.
-            loss_scale: the factor that all gradients bear.
-        """
-        norm = self.global_norm() / loss_scale
-        factor = 1 / loss_scale
-        if max_norm and norm > max_norm:
-            factor *= max_norm / norm
-        if factor != 1:
-            self.scale(factor)
-        return norm
-
     def scale(self, factor: float) -> None:
         """Multiply every gradient in place."""
+        if factor == 1:
+            return
         for tensors in self.by_copies.values():
             torch._foreach_mul_(tensors, factor)

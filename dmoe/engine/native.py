@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.data import MicroBatch
 from dmoe.engine.base import EngineConfig, StepPosition, StepResult
-from dmoe.engine.gradients import Gradients, all_reduce_coalesced
+from dmoe.engine.gradients import Gradients, all_reduce_coalesced, clip_factor
 from dmoe.engine.loss_scale import LossScale
 from dmoe.engine.passes import Passes
 from dmoe.engine.sharding import (
@@ -18,6 +18,7 @@ from dmoe.engine.sharding import (
     global_state,
     reshard,
     shard_experts,
+    shard_wide,
     sum_gradients,
 )
 from dmoe.models import DecoderLM, ModelConfig, Recompute, build_model, init_weights
@@ -50,7 +51,7 @@ class NativeEngine:
             _shard(self.model, config, dims, dtype)
         self.model.to_empty(device=device)
         init_weights(self.model, seed=seed, dims=dims)
-        self.optimizer = build_optimizer(self.model, optim)
+        self.optimizer = build_optimizer(self.model.parameters(), optim)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
         self.passes = Passes(
             self.model, dims, device, recompute, forward=self.model, backward=self._backward
@@ -65,7 +66,9 @@ class NativeEngine:
     def clip(self, max_norm: float) -> float:
         """Scale the gradients down to a global norm of `max_norm` (0: do not); return the norm."""
         gradients = Gradients.of(self.model.named_parameters(), self.dims)
-        return gradients.clip(max_norm, self.loss_scale.value)
+        norm = gradients.global_norm() / self.loss_scale.value
+        gradients.scale(clip_factor(norm, max_norm) / self.loss_scale.value)
+        return norm
 
     def step(self, lr: float, result: StepResult) -> None:
         """Update parameters, let the routers adapt, and drop the gradients."""
@@ -93,8 +96,8 @@ class NativeEngine:
         moments = next(iter(self.optimizer.state.values()))
         return {"optimizer_steps": moments["step"].item(), **self.loss_scale.state()}
 
-    def load_scalars(self, scalars: dict[str, float]) -> None:
-        """Take back what `scalars` returned; call after `state` has been filled."""
+    def load_state(self, state: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Take back what `state` and `scalars` returned, filled with other values."""
         for moments in self.optimizer.state.values():
             moments["step"].fill_(scalars["optimizer_steps"])
         self.loss_scale.load(scalars)
@@ -122,10 +125,7 @@ def _shard(model: DecoderLM, config: EngineConfig, dims: ParallelDims, dtype: to
     ignored = {p for name, p in model.named_parameters() if is_expert(name)}
     shard = partial(fully_shard, reshard_after_forward=config.zero_stage == 3)
 
-    for layer in model.moe_layers:
-        # What computes in float32 does not have its weights gathered in bfloat16.
-        for module in layer.wide_modules:
-            shard(module, mesh=dims.dense_mesh, mp_policy=exact)
+    shard_wide(model, dims, reshard_after_forward=config.zero_stage == 3)
     shard_experts(model, dims, dtype, reshard_after_forward=config.zero_stage == 3)
     for block in model.blocks:
         shard(block, mesh=dims.dense_mesh, mp_policy=policy, ignored_params=ignored)

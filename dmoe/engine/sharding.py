@@ -23,6 +23,18 @@ def casting_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
+def shard_wide(model: DecoderLM, dims: ParallelDims, *, reshard_after_forward: bool) -> None:
+    """Share out what computes in float32, so that its weights are not gathered in bfloat16."""
+    for layer in model.moe_layers:
+        for module in layer.wide_modules:
+            fully_shard(
+                module,
+                mesh=dims.dense_mesh,
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+                reshard_after_forward=reshard_after_forward,
+            )
+
+
 def shard_experts(
     model: DecoderLM, dims: ParallelDims, dtype: torch.dtype, *, reshard_after_forward: bool
 ) -> None:

@@ -1,10 +1,11 @@
 """AdamW (arXiv 1711.05101) over the parameters of a model, with decay on matrices only."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dmoe.config.base import ConfigModel
@@ -32,18 +33,25 @@ class OptimConfig(ConfigModel):
     """Learning rate over time."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW with its state in place, so that it can be saved and loaded before any step."""
+def parameter_groups(
+    parameters: Iterable[Tensor], config: OptimConfig
+) -> list[dict[str, object]]:
+    """Return groups for AdamW: matrices and the rest, which does not decay."""
     groups: dict[tuple[bool, object], list[Tensor]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         # One fused call takes tensors of one kind: plain ones, or DTensors of one mesh.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), members in groups.items()
+    ]
+
+
+def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW with its state in place, so that it can be saved and loaded before any step."""
     optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0}
-            for (is_matrix, _), parameters in groups.items()
-        ],
+        parameter_groups(parameters, config),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

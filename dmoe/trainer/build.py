@@ -24,7 +24,7 @@ from dmoe.data import (
     check_resume,
     load_tokenizer,
 )
-from dmoe.engine import NativeEngine
+from dmoe.engine import Engine, build_engine
 from dmoe.moe.elastic import ElasticConfig
 from dmoe.ops import resolve_backend
 from dmoe.parallel import ParallelDims
@@ -84,7 +84,7 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         ),
         dims,
     )
-    engine = NativeEngine(
+    engine = build_engine(
         config.engine,
         model=config.model,
         optim=config.optim,
@@ -148,7 +148,7 @@ def _on_every_rank(what: str, action: Callable[[], T], dims: ParallelDims) -> T:
 
 
 def _resume(
-    config: Config, checkpoints: CheckpointManager, engine: NativeEngine, dataset: Dataset
+    config: Config, checkpoints: CheckpointManager, engine: Engine, dataset: Dataset
 ) -> dict[str, Any] | None:
     """Load the checkpoint to continue from, if there is one, and return its parts."""
     if config.checkpoint.resume == "never" and checkpoints.latest():
@@ -161,9 +161,10 @@ def _resume(
         _check_model(parts["config"], config)
         check_resume(LoaderState.model_validate(parts["data"]), dataset)
 
-    parts = checkpoints.resume(engine.state(), check)
+    state = engine.state()
+    parts = checkpoints.resume(state, check)
     if parts is not None:
-        engine.load_scalars(parts["optimizer"])
+        engine.load_state(state, parts["optimizer"])
     return parts
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dmoe.data import MicroBatch
-from dmoe.engine import EngineConfig, NativeEngine, StepPosition, StepResult
+from dmoe.engine import Engine, EngineConfig, StepPosition, StepResult, build_engine
 from dmoe.models import ModelConfig
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
@@ -26,9 +26,9 @@ def model_config(**moe: Any) -> ModelConfig:
 
 def small_engine(
     *, ep: int = 1, recompute: str = "none", moe: dict[str, Any] | None = None, **config: Any
-) -> NativeEngine:
+) -> Engine:
     """Build an engine over all ranks; `config` is the engine section."""
-    return NativeEngine(
+    return build_engine(
         EngineConfig.model_validate(config),
         model=model_config(**(moe or {})),
         optim=OptimConfig(lr=LR),
@@ -57,13 +57,13 @@ def batches(step: int, dims: ParallelDims) -> list[MicroBatch]:
     return result
 
 
-def gradients(engine: NativeEngine, step: int = 0) -> StepResult:
+def gradients(engine: Engine, step: int = 0) -> StepResult:
     """Compute the gradients of a step."""
     position = StepPosition(3, step, GLOBAL_BATCH, GLOBAL_BATCH // MICRO_BATCH)
     return engine.forward_backward(batches(step, engine.dims), position)
 
 
-def train(engine: NativeEngine, steps: int, first: int = 0) -> list[float]:
+def train(engine: Engine, steps: int, first: int = 0) -> list[float]:
     """Take steps, clipped to a norm of 1, and return their losses."""
     losses = []
     for step in range(first, first + steps):
@@ -79,6 +79,6 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def whole_state(engine: NativeEngine) -> dict[str, Tensor]:
+def whole_state(engine: Engine) -> dict[str, Tensor]:
     """Return a copy of everything that a checkpoint would hold."""
     return {name: full(tensor) for name, tensor in engine.state().items()}

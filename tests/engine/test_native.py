@@ -107,7 +107,7 @@ def test_the_loss_scale_goes_through_a_checkpoint() -> None:
     first, second = (small_engine(precision="fp16") for _ in range(2))
     train(first, steps=2)
     first.skip()
-    second.load_scalars(first.scalars())
+    second.load_state(second.state(), first.scalars())
     assert second.scalars() == first.scalars()
     assert second.scalars()["optimizer_steps"] == 2
     assert second.loss_scale.value == first.loss_scale.value == 2.0**15

@@ -13,7 +13,7 @@ def small_model() -> nn.Module:
 
 
 def step_with_gradient(model: nn.Module, config: OptimConfig, value: float) -> None:
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model.parameters(), config)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
     optimizer.step()
@@ -40,7 +40,7 @@ def test_first_step_is_the_sign_of_the_gradient() -> None:
 
 def test_state_is_there_before_the_first_step() -> None:
     model = small_model()
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model.parameters(), OptimConfig())
     assert len(optimizer.state) == len(list(model.parameters()))
     for parameter in model.parameters():
         state = optimizer.state[parameter]
@@ -61,7 +61,7 @@ def test_state_made_beforehand_does_not_change_training() -> None:
         lr=0.02,
         betas=config.betas,
     )
-    optimizer = build_optimizer(ours, config)
+    optimizer = build_optimizer(ours.parameters(), config)
     tokens = torch.tensor([0, 3, 3, 1])
     for _ in range(3):
         for model, steps in ((ours, optimizer), (theirs, reference)):

@@ -1,0 +1,132 @@
+"""The DeepSpeed configuration of a run: ours, merged with what the user adds to it.
+
+DeepSpeed has settings for much that dmoe decides itself. A user's value for such a thing would
+either be ignored or act twice, so it is refused, and the message names the key that decides.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dmoe.config.base import ConfigError
+
+Settings = dict[str, Any]
+
+_DECIDED_ELSEWHERE = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "activation_checkpointing": "train.recompute",
+    "compile": "engine.compile",
+    "checkpoint": "checkpoint",
+    "expert_parallel": "parallel.ep",
+    "tensor_parallel": "parallel.ep, the one parallelism besides data parallelism that dmoe has",
+    "sequence_parallel_size": "parallel.ep, the one parallelism besides data parallelism",
+    "data_efficiency": "data",
+    "curriculum_learning": "data",
+    "tensorboard": "metrics.tensorboard",
+    # Both hand a module's parameters over with those of the modules in it, hidden experts included.
+    "zero_optimization.leaf_module": "dmoe, as it keeps experts out of DeepSpeed's sight,",
+    "zero_optimization.stage3_module_granularity_threshold": "dmoe, as it keeps experts out of "
+    "DeepSpeed's sight,",
+    # Steps parts of the parameters at other times than the rest.
+    "zero_optimization.zenflow": "optim",
+}
+_OURS_COME_FROM = {
+    "zero_optimization.stage": "engine.zero_stage",
+    "data_types.grad_accum_dtype": "engine.precision",
+    "communication_data_type": "engine.precision",
+}
+
+
+def deepspeed_settings(*, stage: int, precision: str, extra: Mapping[str, Any]) -> Settings:
+    """Return the whole DeepSpeed configuration.
+
+    Args:
+        stage: of ZeRO: 1, 2 or 3.
+        precision: "fp32", "bf16" or "fp16".
+        extra: the user's part, as DeepSpeed names it.
+
+    Raises:
+        ConfigError: `extra` sets what another key decides; the message names both.
+    """
+    given = dict(_leaves(extra))
+    for key, decides in _DECIDED_ELSEWHERE.items():
+        for path, value in given.items():
+            if f"{path}.".startswith(f"{key}."):
+                raise ConfigError(
+                    f"engine.deepspeed.{path} = {value} is decided by {decides} alone: remove it "
+                    f"and set that key",
+                    key=f"deepspeed.{path}",
+                )
+    ours = dict(_leaves(_fixed(stage, precision)))
+    for path, value in given.items():
+        if path in ours and ours[path] != value:
+            source = _OURS_COME_FROM.get(path, "engine.name = deepspeed")
+            raise ConfigError(
+                f"engine.deepspeed.{path} = {value} contradicts {source}, from which it is "
+                f"{ours[path]}: remove the first, or change the second",
+                key=f"deepspeed.{path}",
+            )
+    return _merge(_merge(_defaults(), extra), _fixed(stage, precision))
+
+
+def _fixed(stage: int, precision: str) -> Settings:
+    """What the engine relies on; it scales losses, clips and counts micro-batches by itself."""
+    settings: Settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+        # Our AdamW: a subclass, and on the CPU as fast as DeepSpeed's own, which is to be built.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if stage < 3:
+        settings["gradient_allreduce_op"] = "sum"
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif precision == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    return settings
+
+
+def _defaults() -> Settings:
+    """What the user may change: quiet, and buckets of a size that small models fit, too."""
+    return {
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "reduce_bucket_size": 50_000_000,
+            "memory_efficient_linear": False,
+        },
+    }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
+    """Return `base` with the values of `over`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
