@@ -23,7 +23,7 @@ from dmoe.engine.passes import Passes
 from dmoe.engine.sharding import global_state, reshard, shard_experts, shard_wide, sum_gradients
 from dmoe.engine.zero_config import deepspeed_settings
 from dmoe.engine.zero_partitions import Partitions
-from dmoe.engine.zero_setup import load_deepspeed
+from dmoe.engine.zero_setup import load_deepspeed, silent_start
 from dmoe.models import DecoderLM, ModelConfig, Recompute, build_model, init_weights
 from dmoe.models.decoder import is_expert
 from dmoe.models.precision import COMPUTE_DTYPES
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(
             stage=config.zero_stage, precision=config.precision, extra=config.deepspeed
         )
-        with _out_of_sight(self.model, self.own):
+        with _out_of_sight(self.model, self.own), silent_start():
             self.zero, *_ = deepspeed.initialize(
                 model=self.model, optimizer=self.dense_optimizer, config=settings
             )
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         """Update parameters, let the routers adapt, and drop the gradients."""
         for group in (*self.optimizer.param_groups, *self.dense_optimizer.param_groups):
             group["lr"] = lr
-        self.zero.step()
+        self._step_deepspeed()
         self.optimizer.step()
         self.optimizer.zero_grad()
         for layer, counts_E in zip(self.model.moe_layers, result.counts_LE, strict=True):
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
     def skip(self) -> None:
         """Drop the gradients of a step that is not taken."""
         self.dense_optimizer.gradient_factor = None
-        self.zero.step()
+        self._step_deepspeed()
         self.optimizer.zero_grad()
         self.loss_scale.step_skipped()
 
@@ -135,7 +135,8 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Tensor], scalars: dict[str, float]) -> None:
         """Take back what `state` and `scalars` returned, filled with other values."""
-        self.partitions.from_rows(state)
+        with _out_of_sight(self.model, self.own):
+            self.partitions.from_rows(state)
         own_steps = [moments["step"] for moments in self.optimizer.state.values()]
         for step in (*own_steps, *self.partitions.steps):
             step.fill_(scalars["optimizer_steps"])
@@ -144,6 +145,11 @@ class DeepSpeedEngine:
     def scalars(self) -> dict[str, float]:
         """Return the numbers that belong to the state."""
         return {"optimizer_steps": self.partitions.steps[0].item(), **self.loss_scale.state()}
+
+    def _step_deepspeed(self) -> None:
+        # At stage 3 it cuts up again whatever parameters it finds in the model.
+        with _out_of_sight(self.model, self.own):
+            self.zero.step()
 
     def _backward(self, objective: Tensor, is_last: bool) -> None:
         self.zero.set_gradient_accumulation_boundary(is_last)
@@ -208,7 +214,7 @@ def _shard_the_rest(
 def _out_of_sight(model: nn.Module, hidden: dict[str, Tensor]) -> Iterator[None]:
     """Take the modules that hold the hidden parameters out of the model, and put them back.
 
-    What DeepSpeed hooks, casts, broadcasts and cuts up is what it finds in the model at its start.
+    DeepSpeed hooks, casts, broadcasts and cuts up what it finds in the model.
     """
     owners = {name.rpartition(".")[0] for name in hidden}
     places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in owners]

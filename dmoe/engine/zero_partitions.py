@@ -79,18 +79,14 @@ class Partitions:
         """Return the 2-norm of the reduced gradients over all ranks; inf where it is not finite."""
         optimizer = self._optimizer
         if self._is_stage_3:
-            norms = [float(norm) for norm in optimizer._get_norm_groups()]
+            norms = optimizer._get_norm_groups()
         elif hasattr(optimizer, "get_grads_for_norm"):
-            squares = [
-                torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
-                for gradients in [optimizer.get_grads_for_norm()[0]]
-            ]
-            norms = [math.sqrt(float(square)) for square in squares]
+            norms = torch._foreach_norm(optimizer.get_grads_for_norm()[0])
         else:
-            norms = [float(optimizer.scaled_global_norm())]
+            norms = [optimizer.scaled_global_norm()]
+        norms = torch.stack([norm.double() for norm in norms])
         # DeepSpeed puts -1 in the place of what is not finite.
-        finite = all(math.isfinite(norm) and norm >= 0 for norm in norms)
-        return math.hypot(*norms) if finite else math.inf
+        return torch.where(norms < 0, math.inf, norms).norm().item()
 
     def fill_master(self, name: str, whole: Tensor) -> None:
         """Set this rank's range of the float32 weights from a whole parameter."""

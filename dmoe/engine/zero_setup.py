@@ -5,10 +5,14 @@ DeepSpeed is imported here alone, and only where a run asks for it, since the im
 
 import atexit
 import importlib
+import io
 import logging
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +52,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     # An all-reduce in shared memory, for inference alone: building it takes a minute and a half.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -82,10 +86,21 @@ def check_build_locks(root: Path) -> None:
             )
 
 
+@contextmanager
+def silent_start() -> Iterator[None]:
+    """Drop what DeepSpeed prints of memory and groups as it starts."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
 def _quieten(deepspeed: ModuleType) -> None:
-    """Keep what DeepSpeed tells off standard output, and to warnings."""
+    """Keep what DeepSpeed tells off standard output, and what is meant to be out of it."""
     logger = deepspeed.utils.logger
-    logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
+    # Our AdamW is torch's, scaled.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    # It calls collectives by names that torch 2.13 has renamed.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is", FutureWarning)

@@ -39,19 +39,22 @@ def small_engine(
     )
 
 
-def batches(step: int, dims: ParallelDims) -> list[MicroBatch]:
+def batches(
+    step: int, dims: ParallelDims, num_micro_batches: int = GLOBAL_BATCH // MICRO_BATCH
+) -> list[MicroBatch]:
     """This rank's micro-batches of a step: a text that can be learnt, with documents."""
+    size = num_micro_batches * MICRO_BATCH
     generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
+    starts = torch.randint(VOCAB, (size, 1), generator=generator)
     ids = (starts + 3 * torch.arange(SEQ_LEN + 1)) % VOCAB
-    documents = torch.zeros(GLOBAL_BATCH, SEQ_LEN, dtype=torch.int64)
+    documents = torch.zeros(size, SEQ_LEN, dtype=torch.int64)
     documents[1, 5:] = 1
-    positions = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
+    positions = torch.arange(SEQ_LEN).repeat(size, 1)
     positions[1, 5:] -= 5
     result = []
-    for index in range(dims.rank, GLOBAL_BATCH // MICRO_BATCH, dims.world_size):
+    for index in range(dims.rank, num_micro_batches, dims.world_size):
         rows = slice(index * MICRO_BATCH, (index + 1) * MICRO_BATCH)
-        sample_ids = torch.arange(GLOBAL_BATCH)[rows] + step * GLOBAL_BATCH
+        sample_ids = torch.arange(size)[rows] + step * size
         columns = (ids[rows, :-1], ids[rows, 1:], positions[rows], documents[rows])
         result.append(MicroBatch(index, sample_ids, *columns))
     return result
