@@ -82,7 +82,7 @@ class DeepSpeedEngine:
             device,
         )
         for name, values in whole.items():
-            self.partitions.fill_master(name, values)
+            self.partitions.fill_master(name, values, dtype)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
         self.passes = Passes(
             self.model, dims, device, recompute, forward=self.zero, backward=self._backward

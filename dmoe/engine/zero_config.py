@@ -11,11 +11,11 @@ from dmoe.config.base import ConfigError
 
 Settings = dict[str, Any]
 
-_DECIDED_ELSEWHERE = {
+_DECIDED_BY = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "managed_gradient_accumulation": "train.micro_batch_size",
     "gradient_clipping": "optim.max_grad_norm",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
@@ -28,22 +28,26 @@ _DECIDED_ELSEWHERE = {
     "compile": "engine.compile",
     "checkpoint": "checkpoint",
     "expert_parallel": "parallel.ep",
-    "tensor_parallel": "parallel.ep, the one parallelism besides data parallelism that dmoe has",
-    "sequence_parallel_size": "parallel.ep, the one parallelism besides data parallelism",
+    "tensor_parallel": "parallel.ep",
+    "sequence_parallel_size": "parallel.ep",
     "data_efficiency": "data",
     "curriculum_learning": "data",
     "tensorboard": "metrics.tensorboard",
-    # Both hand a module's parameters over with those of the modules in it, hidden experts included.
-    "zero_optimization.leaf_module": "dmoe, as it keeps experts out of DeepSpeed's sight,",
-    "zero_optimization.stage3_module_granularity_threshold": "dmoe, as it keeps experts out of "
-    "DeepSpeed's sight,",
-    # Steps parts of the parameters at other times than the rest.
     "zero_optimization.zenflow": "optim",
 }
-_OURS_COME_FROM = {
+_TAKEN_FROM = {
     "zero_optimization.stage": "engine.zero_stage",
     "data_types.grad_accum_dtype": "engine.precision",
     "communication_data_type": "engine.precision",
+}
+_LEAVES_OUT_EXPERTS = (
+    "it hands modules over whole, with the experts that are kept out of DeepSpeed's sight"
+)
+_CANNOT_BE = {
+    "zero_optimization.leaf_module": _LEAVES_OUT_EXPERTS,
+    "zero_optimization.stage3_module_granularity_threshold": _LEAVES_OUT_EXPERTS,
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19 then tells wrongly which rank owns "
+    "which weights, and a checkpoint would mix them up",
 }
 
 
@@ -59,24 +63,40 @@ def deepspeed_settings(*, stage: int, precision: str, extra: Mapping[str, Any]) 
         ConfigError: `extra` sets what another key decides; the message names both.
     """
     given = dict(_leaves(extra))
-    for key, decides in _DECIDED_ELSEWHERE.items():
-        for path, value in given.items():
-            if f"{path}.".startswith(f"{key}."):
-                raise ConfigError(
-                    f"engine.deepspeed.{path} = {value} is decided by {decides} alone: remove it "
-                    f"and set that key",
-                    key=f"deepspeed.{path}",
-                )
+    for path, value in given.items():
+        _check_may_be_set(path, value)
     ours = dict(_leaves(_fixed(stage, precision)))
     for path, value in given.items():
         if path in ours and ours[path] != value:
-            source = _OURS_COME_FROM.get(path, "engine.name = deepspeed")
+            source = _TAKEN_FROM.get(path, "engine.name = deepspeed")
             raise ConfigError(
                 f"engine.deepspeed.{path} = {value} contradicts {source}, from which it is "
                 f"{ours[path]}: remove the first, or change the second",
                 key=f"deepspeed.{path}",
             )
     return _merge(_merge(_defaults(), extra), _fixed(stage, precision))
+
+
+def _check_may_be_set(path: str, value: Any) -> None:
+    key = f"deepspeed.{path}"
+    for section, decides in _DECIDED_BY.items():
+        if f"{path}.".startswith(f"{section}."):
+            raise ConfigError(
+                f"engine.{key} = {value} contradicts {decides}, which alone decides this: remove "
+                f"it and set {decides}",
+                key=key,
+            )
+    for section, reason in _CANNOT_BE.items():
+        if f"{path}.".startswith(f"{section}."):
+            raise ConfigError(
+                f"engine.{key} = {value} does not go with dmoe: {reason}; remove it", key=key
+            )
+    if path.endswith(".device") and value == "nvme":
+        raise ConfigError(
+            f"engine.{key} = nvme does not go with dmoe: what lies on a disk is out of the reach "
+            f"of checkpoints in the one format of all engines; set it to cpu",
+            key=key,
+        )
 
 
 def _fixed(stage: int, precision: str) -> Settings:

@@ -88,11 +88,20 @@ class Partitions:
         # DeepSpeed puts -1 in the place of what is not finite.
         return torch.where(norms < 0, math.inf, norms).norm().item()
 
-    def fill_master(self, name: str, whole: Tensor) -> None:
-        """Set this rank's range of the float32 weights from a whole parameter."""
+    def fill_master(self, name: str, whole: Tensor, dtype: torch.dtype) -> None:
+        """Set this rank's range of the float32 weights from a whole parameter.
+
+        Raises:
+            AssertionError: it is not what DeepSpeed has there, but for the rounding to `dtype`.
+        """
         elements = self._places[name].elements
         values = whole.flatten()[elements.start : elements.stop]
-        self._pieces(name)[0].copy_(values)
+        master = self._pieces(name)[0]
+        assert torch.equal(master, values.to(dtype).to(master)), (
+            f"DeepSpeed holds something else than the elements {elements} of {name} on rank "
+            f"{self._dims.rank}"
+        )
+        master.copy_(values)
 
     @torch.no_grad()
     def to_rows(self) -> dict[str, Tensor]:

@@ -99,8 +99,9 @@ def _quieten(deepspeed: ModuleType) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
-    # Our AdamW is torch's, scaled.
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    # Our AdamW is torch's, scaled; and skipped steps are counted and told by the trainer.
+    for expected in ("untested optimizer", "OVERFLOW! Skipping step"):
+        logger.addFilter(lambda record, text=expected: text not in record.getMessage())
     # It calls collectives by names that torch 2.13 has renamed.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is", FutureWarning)
