@@ -48,14 +48,14 @@ class EngineConfig(ConfigModel):
 def _check_native(config: EngineConfig) -> None:
     if config.zero_stage == 1:
         raise ConfigError(
-            "zero_stage = 1 is a stage of name = deepspeed alone: choose 2, which shares out "
-            "gradients as well, or that engine",
+            "engine.zero_stage = 1 is for engine.name = deepspeed alone: set it to 2, which shares "
+            "out gradients as well, or choose that engine",
             key="zero_stage",
         )
     if config.deepspeed:
         raise ConfigError(
-            "deepspeed has settings, but name = native does not read them: remove them, or set "
-            "name = deepspeed",
+            "engine.deepspeed has settings, which engine.name = native does not read: remove them, "
+            "or set engine.name = deepspeed",
             key="deepspeed",
         )
 
@@ -63,13 +63,14 @@ def _check_native(config: EngineConfig) -> None:
 def _check_deepspeed(config: EngineConfig) -> None:
     stage, precision = config.zero_stage, config.precision
     for key, holds, reason in (
-        ("zero_stage", stage == 0, "shares out something: set zero_stage to 1, 2 or 3"),
-        ("precision", precision == "fp64", "has no float64: set precision to fp32, bf16 or fp16"),
-        ("compile", config.compile, "runs eagerly: set compile to false"),
+        ("zero_stage", stage == 0, "always shares something out: set it to 1, 2 or 3"),
+        ("precision", precision == "fp64", "has no float64: set it to fp32, bf16 or fp16"),
+        ("compile", config.compile, "runs eagerly: set it to false"),
     ):
         if holds:
             raise ConfigError(
-                f"{key} = {getattr(config, key)}, but name = deepspeed {reason}, or name to native",
+                f"engine.{key} = {getattr(config, key)}, but engine.name = deepspeed {reason}, or "
+                f"choose engine.name = native",
                 key=key,
             )
     deepspeed_settings(stage=stage, precision=precision, extra=config.deepspeed)

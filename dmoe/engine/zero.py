@@ -7,7 +7,7 @@ all parts: DeepSpeed's own clipping and loss scaling are off.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -165,16 +165,16 @@ class _DenseAdamW(torch.optim.AdamW):
     gradient_factor: float | None = 1.0
     """For the gradients of this step; None to change nothing."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Scale the gradients and update."""
         if self.gradient_factor is None:
-            return
+            return None
         if self.gradient_factor != 1:
             parameters = [p for group in self.param_groups for p in group["params"]]
             torch._foreach_mul_(
                 [p.grad for p in parameters if p.grad is not None], self.gradient_factor
             )
-        super().step(closure)
+        return super().step(closure)
 
 
 def _parameters_for_deepspeed(model: DecoderLM) -> list[str]:
@@ -183,7 +183,9 @@ def _parameters_for_deepspeed(model: DecoderLM) -> list[str]:
     # The gradient of a frequent token's embedding is a sum that bfloat16 cannot hold.
     for embedding in (model.embed, model.positions):
         wide |= {id(p) for p in embedding.parameters()} if embedding is not None else set()
-    return [name for name, p in model.named_parameters() if not is_expert(name) and id(p) not in wide]
+    return [
+        name for name, p in model.named_parameters() if not is_expert(name) and id(p) not in wide
+    ]
 
 
 def _shard_the_rest(
@@ -211,13 +213,15 @@ def _shard_the_rest(
 
 
 @contextmanager
-def _out_of_sight(model: nn.Module, hidden: dict[str, Tensor]) -> Iterator[None]:
+def _out_of_sight(model: nn.Module, hidden: Iterable[str]) -> Iterator[None]:
     """Take the modules that hold the hidden parameters out of the model, and put them back.
 
     DeepSpeed hooks, casts, broadcasts and cuts up what it finds in the model.
     """
     owners = {name.rpartition(".")[0] for name in hidden}
-    places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in owners]
+    places = [
+        (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in owners
+    ]
     order = {id(parent): list(parent._modules) for parent, _ in places}
     taken = [(parent, name, parent._modules.pop(name)) for parent, name in places]
     try:

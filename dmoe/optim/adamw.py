@@ -33,9 +33,7 @@ class OptimConfig(ConfigModel):
     """Learning rate over time."""
 
 
-def parameter_groups(
-    parameters: Iterable[Tensor], config: OptimConfig
-) -> list[dict[str, object]]:
+def parameter_groups(parameters: Iterable[Tensor], config: OptimConfig) -> list[dict[str, object]]:
     """Return groups for AdamW: matrices and the rest, which does not decay."""
     groups: dict[tuple[bool, object], list[Tensor]] = {}
     for parameter in parameters:

@@ -1,0 +1,33 @@
+"""DeepSpeed starts without building anything, and without waiting for a build that died."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from small_engine import small_engine, train
+
+from dmoe.config import ConfigError
+from dmoe.engine.zero_setup import load_deepspeed
+from dmoe.testing import run_distributed
+
+
+def built_while_training(folder: Path) -> list[str]:
+    """What is in the folder of extensions after a step, where a killed build has left its lock."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    lock = folder / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    train(small_engine(name="deepspeed", zero_stage=1), steps=1)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_nothing_is_built_and_no_dead_build_is_waited_for(tmp_path: Path) -> None:
+    [found] = run_distributed(built_while_training, 1, tmp_path)
+    assert found == ["deepspeed_shm_comm", "deepspeed_shm_comm/lock"]
+
+
+def test_another_accelerator_in_the_environment_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(ConfigError, match=r"DS_ACCELERATOR is 'cuda'.*'cpu'.*unset it"):
+        load_deepspeed(torch.device("cpu"))
