@@ -27,7 +27,14 @@ Beside these sections a file may have the key `extends`: a file, or a list of fi
 | section | what it is |
 | --- | --- |"""
 
-TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "text", "null": "`null`"}
+TYPES = {
+    "integer": "int",
+    "number": "float",
+    "boolean": "bool",
+    "string": "text",
+    "object": "mapping",
+    "null": "`null`",
+}
 BOUNDS = {
     "minimum": ">= {}",
     "exclusiveMinimum": "> {}",

@@ -115,8 +115,7 @@ class DeepSpeedEngine:
         self._step_deepspeed()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for layer, counts_E in zip(self.model.moe_layers, result.counts_LE, strict=True):
-            layer.end_step(counts_E, result.num_tokens)
+        result.end_step(self.model.moe_layers)
         self.loss_scale.step_taken()
 
     def skip(self) -> None:
@@ -218,20 +217,17 @@ def _out_of_sight(model: nn.Module, hidden: Iterable[str]) -> Iterator[None]:
 
     DeepSpeed hooks, casts, broadcasts and cuts up what it finds in the model.
     """
-    owners = {name.rpartition(".")[0] for name in hidden}
-    places = [
-        (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in owners
-    ]
-    order = {id(parent): list(parent._modules) for parent, _ in places}
-    taken = [(parent, name, parent._modules.pop(name)) for parent, name in places]
+    owners = {name.rpartition(".")[0].rpartition(".") for name in hidden}
+    places = [(model.get_submodule(path), child) for path, _, child in owners]
+    tables = [(parent._modules, dict(parent._modules)) for parent, _ in places]
+    for parent, child in places:
+        del parent._modules[child]
     try:
         yield
     finally:
-        for parent, name, module in taken:
-            parent._modules[name] = module
-        for parent, _ in places:
-            for name in order[id(parent)]:
-                parent._modules[name] = parent._modules.pop(name)
+        for table, content in tables:
+            table.clear()
+            table.update(content)
 
 
 def _check_groups(zero: Any, dims: ParallelDims) -> None:
