@@ -68,7 +68,10 @@ class DeepSpeedEngine:
         # DeepSpeed rounds weights to the compute dtype before it takes its float32 copy of them.
         whole = {name: p.detach().to("cpu", copy=True) for name, p in dense.items()}
         settings = deepspeed_settings(
-            stage=config.zero_stage, precision=config.precision, extra=config.deepspeed
+            stage=config.zero_stage,
+            precision=config.precision,
+            extra=config.deepspeed,
+            num_elements=sum(p.numel() for p in dense.values()),
         )
         with _out_of_sight(self.model, self.own), silent_start():
             self.zero, *_ = deepspeed.initialize(

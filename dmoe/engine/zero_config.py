@@ -11,6 +11,8 @@ from dmoe.config.base import ConfigError
 
 Settings = dict[str, Any]
 
+_BUCKET_ELEMENTS = 50_000_000
+
 _DECIDED_BY = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -51,13 +53,16 @@ _CANNOT_BE = {
 }
 
 
-def deepspeed_settings(*, stage: int, precision: str, extra: Mapping[str, Any]) -> Settings:
+def deepspeed_settings(
+    *, stage: int, precision: str, extra: Mapping[str, Any], num_elements: int = _BUCKET_ELEMENTS
+) -> Settings:
     """Return the whole DeepSpeed configuration.
 
     Args:
         stage: of ZeRO: 1, 2 or 3.
         precision: "fp32", "bf16" or "fp16".
         extra: the user's part, as DeepSpeed names it.
+        num_elements: of all parameters that DeepSpeed gets.
 
     Raises:
         ConfigError: `extra` sets what another key decides; the message names both.
@@ -74,7 +79,7 @@ def deepspeed_settings(*, stage: int, precision: str, extra: Mapping[str, Any]) 
                 f"{ours[path]}: remove the first, or change the second",
                 key=f"deepspeed.{path}",
             )
-    return _merge(_merge(_defaults(), extra), _fixed(stage, precision))
+    return _merge(_merge(_defaults(num_elements), extra), _fixed(stage, precision))
 
 
 def _check_may_be_set(path: str, value: Any) -> None:
@@ -121,12 +126,13 @@ def _fixed(stage: int, precision: str) -> Settings:
     return settings
 
 
-def _defaults() -> Settings:
-    """What the user may change: quiet, and buckets of a size that small models fit, too."""
+def _defaults(num_elements: int) -> Settings:
+    """What the user may change."""
     return {
         "steps_per_print": 10**9,
         "zero_optimization": {
-            "reduce_bucket_size": 50_000_000,
+            # Its own 500 million are a buffer of 2 GB on every rank, however small the model.
+            "reduce_bucket_size": min(num_elements, _BUCKET_ELEMENTS),
             "memory_efficient_linear": False,
         },
     }
