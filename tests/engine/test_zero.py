@@ -14,6 +14,7 @@ import pytest
 import torch
 from small_engine import LR, MICRO_BATCH, batches, gradients, small_engine, whole_state
 from small_engine import train as small_train
+from test_router_layouts import MODELS as ROUTERS
 from torch import Tensor
 
 from dmoe.engine import Engine, StepPosition
@@ -24,7 +25,7 @@ NUM_STEPS = 3
 CLIP = 0.5  # gradients have norms of about 1
 
 INFINITE = {"ffn_dim": 64, "latent_dim": 4}
-MOE: dict[str, dict[str, Any]] = {
+MOE: dict[str, dict[str, Any]] = ROUTERS | {
     "plain": {},
     "matryoshka": {"elastic": {"k_min": 1, "k_max": 4, "granularity": "layer"}},
     "neurons": {"num_dense_layers": 1, "num_experts": None, "infinite": INFINITE},
@@ -146,6 +147,7 @@ FEATURES = [
     *(Case(s, 2, 2, tokens=t) for s in (1, 2, 3) for t in ("not on rank 0", "on one expert")),
     *(Case(s, 2, recompute=r) for s in (1, 2, 3) for r in ("selective", "full")),
 ]
+ROUTING = [Case(stage, 2, 2, model=model) for stage in (1, 3) for model in ROUTERS]
 HALF = [
     Case(stage, ep, 3, precision=precision)
     for stage in (1, 2, 3)
@@ -177,6 +179,11 @@ def test_every_layout_equals_native(world_size: int, eps: list[int], clip: float
 @pytest.mark.slow
 def test_every_feature_equals_native() -> None:
     check(2, FEATURES, tolerance=1e-6, timeout=280)
+
+
+@pytest.mark.slow
+def test_every_way_of_routing_equals_native() -> None:
+    check(2, ROUTING, tolerance=1e-6, timeout=280)
 
 
 @pytest.mark.slow
