@@ -82,7 +82,7 @@ def test_resume_on_several_ranks_too(layouts, token_store, tmp_path) -> None:
     "layouts", [DEEPSPEED[:1], pytest.param(DEEPSPEED[1:], marks=pytest.mark.slow)]
 )
 def test_resume_under_deepspeed_too(layouts, token_store, tmp_path) -> None:
-    run_distributed(_all_layouts, 2, token_store, tmp_path, layouts)
+    run_distributed(_all_layouts, 2, token_store, tmp_path, layouts, timeout=280)
 
 
 def _train(store: Path, folder: Path, sections: dict[str, Any], die_after: int | None) -> Any:
