@@ -12,7 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from dmoe.cli.options import AsJson, Overrides, Trained, show, whole_numbers
+from dmoe.cli.options import (
+    AsJson,
+    Overrides,
+    Trained,
+    numbers_of_samples,
+    show,
+    whole_numbers,
+)
 from dmoe.cli.search import Search, default_k_max
 from dmoe.cli.trained import GateThreshold, TrainedRun, open_run
 from dmoe.config import ConfigError
@@ -41,7 +48,7 @@ def evaluate(
     ] = None,
     samples: Annotated[
         str | None,
-        typer.Option(help="Draws from a continuous space of experts: 1,2,4 gives three rows."),
+        typer.Option(help="Draws from a continuous space of experts, or its mean: 1,2,mean."),
     ] = None,
     threshold: GateThreshold = 0.0,
     budget: Annotated[
@@ -192,7 +199,7 @@ def _uses(model: ModelConfig, k: str | None, profiles: Sequence[Path]) -> list[U
 
 def _sampled(model: ModelConfig, samples: str | None) -> list[Use]:
     """Return a use for each number of `--samples`, checked against the model."""
-    numbers = [] if samples is None else whole_numbers("--samples", samples)
+    numbers = [] if samples is None else numbers_of_samples(samples)
     for number in numbers:
         model.check_samples(number)
     return [(None, {"samples": number}) for number in numbers]

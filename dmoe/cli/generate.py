@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.options import AsJson, Trained, show, validated, whole_numbers
+from dmoe.cli.options import (
+    AsJson,
+    Trained,
+    numbers_of_samples,
+    show,
+    validated,
+    whole_numbers,
+)
 from dmoe.cli.trained import GateThreshold, open_run
 from dmoe.config import ConfigError
 from dmoe.data import load_tokenizer
@@ -15,6 +22,7 @@ from dmoe.generation import SamplingConfig, generate
 from dmoe.metrics.console import printable
 from dmoe.models import ModelConfig
 from dmoe.models.k_profile import load_k_profile
+from dmoe.moe import Samples
 
 
 def generate_text(
@@ -35,6 +43,10 @@ def generate_text(
     profile: Annotated[
         Path | None, typer.Option(help="k_profile.yaml with a number for each MoE layer.")
     ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(help="Draws from a continuous space of experts for each token, or mean."),
+    ] = None,
     threshold: GateThreshold = 0.0,
     as_json: AsJson = False,
 ) -> None:
@@ -50,9 +62,11 @@ def generate_text(
     )
     run = open_run(trained)
     k_L = _k_of_layers(run.config.model, k, profile)
+    number = _number_of_samples(run.config.model, samples)
     run.config.model.check_gate_threshold(threshold)
     loaded = run.load(threshold)
     loaded.model.set_k(k_L)
+    loaded.model.set_samples(number)
     prompts = prompt or [sys.stdin.read()]
     results = generate(loaded.model, load_tokenizer(run.config.data.tokenizer), prompts, sampling)
     rows = [{"prompt": p, **asdict(r)} for p, r in zip(prompts, results, strict=True)]
@@ -69,3 +83,14 @@ def _k_of_layers(model: ModelConfig, k: str | None, profile: Path | None) -> tup
         return None
     numbers = whole_numbers("--k", k)
     return model.k_of_layers(numbers[0] if len(numbers) == 1 else numbers)
+
+
+def _number_of_samples(model: ModelConfig, samples: str | None) -> Samples | None:
+    """Return what `--samples` says, checked against the model; None for the model's own."""
+    if samples is None:
+        return None
+    numbers = numbers_of_samples(samples)
+    if len(numbers) != 1:
+        raise ConfigError(f"--samples: {samples!r} is {len(numbers)} numbers: give one")
+    model.check_samples(numbers[0])
+    return numbers[0]

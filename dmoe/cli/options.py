@@ -9,6 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from dmoe.config import ConfigError, ConfigModel
+from dmoe.moe import Samples
 
 Section = TypeVar("Section", bound=ConfigModel)
 
@@ -42,6 +43,20 @@ def whole_numbers(option: str, text: str) -> list[int]:
     except ValueError:
         raise ConfigError(
             f"{option}: {text!r} is not a list of whole numbers, such as 1,2,4"
+        ) from None
+
+
+def numbers_of_samples(text: str) -> list[Samples]:
+    """Return the numbers of `--samples 1,2,mean`.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    try:
+        return ["mean" if part == "mean" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--samples: {text!r} is not a list of whole numbers or mean, such as 1,2,mean"
         ) from None
 
 

@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe import MoEConfig
-from dmoe.moe.routing import check_gate_threshold
+from dmoe.moe.routing import Samples, check_gate_threshold
 from dmoe.ops import Activation
 
 
@@ -150,25 +150,23 @@ class ModelConfig(ConfigModel):
                 )
         return k_L
 
-    def check_samples(self, samples: int) -> None:
+    def check_samples(self, samples: Samples) -> None:
         """Check that a token can draw so many experts from a continuous space at inference.
 
         Raises:
-            ConfigError: fewer than one, or the model has no such space, or takes its mean.
+            ConfigError: fewer than one, or the model has no such space, or "mean" where z has
+                several means and no rule.
         """
         infinite = None if self.moe is None else self.moe.infinite
-        if samples < 1:
+        if samples != "mean" and samples < 1:
             raise ConfigError(f"samples = {samples} is below 1: a token draws one expert at least")
         if infinite is None:
             raise ConfigError(
                 f"samples = {samples}, but the model has no continuous space of experts "
                 f"(model.moe.infinite): leave samples out"
             )
-        if infinite.inference == "mean":
-            raise ConfigError(
-                f"samples = {samples}, but model.moe.infinite.inference = mean draws none: leave "
-                f"samples out"
-            )
+        if samples == "mean":
+            infinite.check_mean("samples = mean")
 
     def check_gate_threshold(self, threshold: float) -> None:
         """Check that tokens may skip the experts whose score is below a share of their largest.

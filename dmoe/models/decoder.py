@@ -21,7 +21,7 @@ from dmoe.models.attention import (
 )
 from dmoe.models.config import ModelConfig
 from dmoe.models.norm import LayerNorm, RMSNorm
-from dmoe.moe import MoEContext, MoEOutput, SparseLayer
+from dmoe.moe import MoEContext, MoEOutput, Samples, SparseLayer
 from dmoe.moe.experts import FeedForward
 from dmoe.ops import Linear, rotary_angles
 from dmoe.parallel import ParallelDims
@@ -122,7 +122,7 @@ class DecoderLM(nn.Module):
             self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self._k_L: tuple[int, ...] | None = None
         self._gate_threshold = 0.0
-        self._samples: int | None = None
+        self._samples: Samples | None = None
 
     def set_k(self, k: int | Sequence[int] | None) -> None:
         """Set the experts per token, where a context does not give them.
@@ -145,14 +145,15 @@ class DecoderLM(nn.Module):
         finally:
             self._k_L = before
 
-    def set_samples(self, samples: int | None) -> None:
+    def set_samples(self, samples: Samples | None) -> None:
         """Set the experts that a token draws from a continuous space at inference.
 
         Args:
-            samples: the number, or None for that of the configuration.
+            samples: the number, "mean" for the one at the mean of z, or None for what the
+                configuration says.
 
         Raises:
-            ConfigError: fewer than one, or the model draws none.
+            ConfigError: fewer than one, or the model has no such space or no such mean.
         """
         if samples is not None:
             self.config.check_samples(samples)

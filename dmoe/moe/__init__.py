@@ -2,7 +2,7 @@
 
 from dmoe.moe.base import SparseLayer
 from dmoe.moe.layer import MoEConfig, MoELayer
-from dmoe.moe.routing import BatchTotals, MoEContext, Routing
+from dmoe.moe.routing import BatchTotals, MoEContext, Routing, Samples
 from dmoe.moe.stats import MoEOutput, MoEStats
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "MoEOutput",
     "MoEStats",
     "Routing",
+    "Samples",
     "SparseLayer",
 ]

@@ -5,12 +5,15 @@ Shapes: T tokens, E experts, K slots per token, B sequences, S sequence.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmoe.config.base import ConfigError
+
+Samples = int | Literal["mean"]
+"""Experts drawn from a continuous space for each token; "mean" for the one at the mean of z."""
 
 
 class Routing(NamedTuple):
@@ -90,9 +93,9 @@ class MoEContext:
     gate_threshold: float = 0.0
     """In [0, 1); a token skips the chosen experts whose score is below this share of its largest.
     At inference only."""
-    samples: int | None = None
-    """Experts drawn for each token of a continuous space; None for the layer's own number. At
-    inference only."""
+    samples: Samples | None = None
+    """Experts of each token in a continuous space; None for the layer's own choice. At inference
+    only."""
     seed: int = 0
     step: int = 0
     micro_batch: int = 0

@@ -25,6 +25,10 @@ def test_a_row_for_each_number_of_samples(blocks: Path) -> None:
     used = [row["k_mean"] for row in rows]
     assert used[0] == 1 < used[1] < used[2] <= 4
     assert own["k"] is None
+    [mean] = dmoe("eval", blocks, "--samples", "mean", "--json").json()
+    assert mean["samples"] == "mean"
+    assert mean["k_mean"] == 1
+    assert mean["eval_loss"] not in [row["eval_loss"] for row in rows]
 
 
 def test_text_is_generated_from_samples_and_the_same_again(blocks: Path) -> None:
@@ -32,6 +36,12 @@ def test_text_is_generated_from_samples_and_the_same_again(blocks: Path) -> None
     first = dmoe("generate", blocks, *options).json()
     again = dmoe("generate", blocks, *options).json()
     assert [r["text"] for r in first] == [r["text"] for r in again]
+    texts = {
+        samples: dmoe("generate", blocks, *options, "--samples", samples).json()[0]["text"]
+        for samples in ("1", "2", "mean")
+    }
+    assert texts["2"] == first[0]["text"]
+    assert len(set(texts.values())) == 3
 
 
 def test_blocks_become_neurons(blocks: Path, tmp_path: Path) -> None:
@@ -51,7 +61,7 @@ def test_blocks_become_neurons(blocks: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--samples", "0"), "samples = 0 is below 1"),
-        (("--samples", "few"), "--samples: 'few' is not a list of whole numbers"),
+        (("--samples", "few"), "--samples: 'few' is not a list of whole numbers or mean"),
         (("--k", "2"), "k = 2, but the model has a continuous space of experts"),
         (("--threshold", "0.1"), "the router infinite does not choose by score"),
     ],
@@ -60,6 +70,12 @@ def test_what_a_space_of_experts_has_not_is_refused(blocks: Path, options, messa
     outcome = dmoe("eval", blocks, *options)
     assert outcome.status == 2
     assert message in outcome.err
+
+
+def test_text_takes_one_number_of_samples(blocks: Path) -> None:
+    outcome = dmoe("generate", blocks, "--prompt", "one", "--samples", "1,2")
+    assert outcome.status == 2
+    assert "--samples: '1,2' is 2 numbers: give one" in outcome.err
 
 
 def test_samples_and_blocks_take_such_a_model(run: Path, tmp_path: Path) -> None:

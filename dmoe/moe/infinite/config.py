@@ -109,16 +109,10 @@ class InfiniteConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _choices_agree(self) -> "InfiniteConfig":
-        router = self.router
-        asks = ["inference = mean"] * (self.inference == "mean")
-        asks += ["deep.mean_after_first"] * (self.deep is not None and self.deep.mean_after_first)
-        if asks and isinstance(router, MixtureConfig) and router.mean is None:
-            raise ConfigError(
-                f"{asks[0]} takes the mean of z, but router.name = mixture has "
-                f"router.components = {router.components} of them: set router.mean to argmax or "
-                f"average",
-                key="router.mean",
-            )
+        if self.inference == "mean":
+            self.check_mean("inference = mean")
+        if self.deep is not None and self.deep.mean_after_first:
+            self.check_mean("deep.mean_after_first")
         if self.inference == "mean" and self.inference_samples:
             raise ConfigError(
                 f"inference_samples = {self.inference_samples}, but inference = mean takes no "
@@ -130,6 +124,24 @@ class InfiniteConfig(ConfigModel):
         else:
             self._check_blocks()
         return self
+
+    def check_mean(self, asked_by: str) -> None:
+        """Check that z has one mean, or that a rule makes one of several.
+
+        Args:
+            asked_by: what takes the mean, for the message.
+
+        Raises:
+            ConfigError: there are several, and no rule.
+        """
+        router = self.router
+        if isinstance(router, MixtureConfig) and router.mean is None:
+            raise ConfigError(
+                f"{asked_by} takes the mean of z, but router.name = mixture has "
+                f"router.components = {router.components} of them: set router.mean to argmax or "
+                f"average",
+                key="router.mean",
+            )
 
     def _check_neurons(self) -> None:
         if self.block_size is not None:
@@ -193,9 +205,10 @@ class InfiniteConfig(ConfigModel):
         """Return the experts drawn for a token; 0 where the mean of z is taken instead."""
         if context.training:
             return self.samples
-        if self.inference == "mean":
-            return 0
-        return context.samples or self.inference_samples or self.samples
+        samples = context.samples or (
+            "mean" if self.inference == "mean" else self.inference_samples or self.samples
+        )
+        return 0 if samples == "mean" else samples
 
 
 def num_active(fraction: float, num: int) -> int:

@@ -99,13 +99,13 @@ def test_noise_follows_the_token() -> None:
 def test_recompute_gives_the_same_gradients_and_never_chooses_again(options, monkeypatch) -> None:
     layer = build(**options)
     calls: list[int] = []
-    choose = space_of_experts.top_mask
+    choose = space_of_experts.top_bits
 
     def choose_otherwise_when_asked_again(scores_TF: torch.Tensor, n: int) -> torch.Tensor:
         calls.append(n)
         return choose(scores_TF if len(calls) <= first else -scores_TF, n)
 
-    monkeypatch.setattr(space_of_experts, "top_mask", choose_otherwise_when_asked_again)
+    monkeypatch.setattr(space_of_experts, "top_bits", choose_otherwise_when_asked_again)
     first, results = 99, []
     for again in (False, True):
         calls.clear()
@@ -129,9 +129,10 @@ def test_samples_at_inference() -> None:
             "training": context(),
             "inference": context(training=False),
             "asked": context(training=False, samples=8),
+            "mean": context(training=False, samples="mean"),
         }.items()
     }
-    assert counts == {"training": 3, "inference": 5, "asked": 8}
+    assert counts == {"training": 3, "inference": 5, "asked": 8, "mean": 1}
     # The first samples of eight are those of three.
     few, many = (layer.router(x_TD, space_noise(n), n).z_TKZ[:, :3] for n in (3, 8))
     assert torch.equal(few, many)
@@ -149,7 +150,11 @@ def test_mean_at_inference() -> None:
     mean_TZ = layer.router.mean(x_TD)
     z = layer.router(x_TD, space_noise(1), 0).z_TKZ[:, 0]
     assert torch.equal(z, mean_TZ)
-    assert y_TD.isfinite().all()
+    # A model that takes the mean draws samples where it is asked to, and the other way round.
+    sampling = build()
+    for of, place in ((layer, context), (sampling, context)):
+        assert torch.equal(of(x_TD, place(training=False, samples="mean"))[0], y_TD)
+        assert not torch.isclose(of(x_TD, place(training=False, samples=3))[0], y_TD)[:10].any()
 
 
 @pytest.mark.parametrize("rule", ["argmax", "average"])
