@@ -201,13 +201,12 @@ def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> 
     if moe.infinite and not moe.num_shards:
         hidden, width = (2 if gated else 1) * moe.space_width, moe.space_width
         if moe.infinite.deep is None:
-            # The pre-activations, the mean mask, and their product.
-            has_mean = moe.infinite.mask_position == "after_activation" or moe.infinite.is_hard
-            return norm + hidden + (2 if has_mean else 1) * width
-        # The same of each layer and sample, the norm between layers, and the mean of the samples.
+            # The pre-activations, and the activations under their mean mask.
+            return norm + hidden + width
+        # The pre-activations of each layer and sample, what goes into the norm between layers and
+        # comes out, and the mean of the samples.
         num_layers, samples = moe.infinite.deep.layers, moe.infinite.samples
-        between = samples * (num_layers - 1) * width
-        return norm + samples * num_layers * (hidden + 2 * width) + between + width
+        return norm + samples * (num_layers * hidden + (num_layers - 1) * 2 * width) + width
     if not moe.is_grouped:
         return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.

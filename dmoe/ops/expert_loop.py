@@ -7,14 +7,9 @@ F.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
-
-# A product of narrow numbers is compiled for each shape that it meets, which takes longer than the
-# product itself, and an expert hardly ever has as many rows again.
-_NARROW_ROWS = 32
 
 
 def forward_by_expert(
@@ -38,8 +33,8 @@ def forward_by_expert(
         strict=True,
     ):
         x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
-        _product(x, w1.t().to(dtype), out=z)
-        _product(activate(z, activation).mul_(weights), w2.t().to(dtype), out=y)
+        torch.mm(x, w1.t().to(dtype), out=z)
+        torch.mm(activate(z, activation).mul_(weights), w2.t().to(dtype), out=y)
     return z_RH, y_RD
 
 
@@ -73,31 +68,14 @@ def backward_by_expert(
         *(rows.split(counts) for rows in (index_R, weights_R, z_RH, dx_RD, dweights_R)),
         strict=True,
     ):
-        dy = _padded(torch.index_select(dy_ND, 0, index, out=dy_buffer[: len(index)]))
-        da = (dy @ w2.to(dtype))[: len(index)]
-        a, dz, gate_gradient = activate_backward(z, da, weights, activation)
+        dy = torch.index_select(dy_ND, 0, index, out=dy_buffer[: len(index)])
+        a, dz, gate_gradient = activate_backward(z, dy @ w2.to(dtype), weights, activation)
         dweights.copy_(gate_gradient)
-        _outer(dy, _padded(a), out=dw2)
+        _outer(dy, a, out=dw2)
         x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
-        dz = _padded(dz)
-        _outer(dz, _padded(x), out=dw1)
-        _product(dz, w1.to(dtype), out=dx)
+        _outer(dz, x, out=dw1)
+        torch.mm(dz, w1.to(dtype), out=dx)
     return dx_RD, dweights_R, dw_up, dw_down_EDF
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """Return rows of a narrow dtype with zeros up to the next multiple of `_NARROW_ROWS`."""
-    missing = -len(rows) % _NARROW_ROWS if rows.dtype.itemsize < 4 else 0
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
-
-
-def _product(rows: Tensor, w: Tensor, *, out: Tensor) -> None:
-    """Write the rows times w; what padding makes is left out."""
-    rows = _padded(rows)
-    if len(rows) == len(out):
-        torch.mm(rows, w, out=out)
-    else:
-        out.copy_((rows @ w)[: len(out)])
 
 
 def _outer(a: Tensor, b: Tensor, *, out: Tensor) -> None:

@@ -1,125 +1,202 @@
-"""The mean of several masks of a layer of neurons, and the activation that it multiplies.
+"""Activations under the mean of several masks, where no mask is ever stored in full.
 
 For fixed x, W_down (m * h) is linear in m, so the mean over samples of masked networks is the
 network under the mean mask: one pair of GEMMs for any number of samples (infinity-MoE, arXiv
-2601.17680). Shapes: T tokens, K samples, Z latent dim, F neurons, H = 2F if gated, else F.
+2601.17680). Shapes: T tokens, C tokens of a piece, K samples, Z latent dim, F neurons, H = 2F if
+gated, else F.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate
-from dmoe.ops.top_mask import unpack_bits
+from dmoe.ops.top_mask import unpack_bits, unpack_bytes
 
-Choose = Callable[[int, Tensor], Tensor]
-"""`choose(k, logits_TF)` returns the packed mask of sample k: 1 where a neuron is active."""
+Choose = Callable[[int, slice, Tensor], Tensor]
+"""`choose(k, tokens, logits_CF)` returns the packed mask of sample k at those tokens: 1 where a
+neuron is active."""
+
+_PIECE_ELEMENTS = 2**19
+"""Most numbers of a piece on a CPU: few enough to stay in the caches."""
 
 
-def mean_mask(z_TKZ: Tensor, w_FZ: Tensor, *, choose: Choose, hard: bool, scale: float) -> Tensor:
-    """Return scale / K x sum_k m_k, where m_k is W_z z_k at the chosen neurons and 0 elsewhere.
+class MaskRule(NamedTuple):
+    """What a mask is made of."""
 
-    A hard mask is 1 at the chosen neurons; its gradient is that of the soft one (straight-through).
+    hard: bool
+    """Whether chosen neurons are at 1, instead of at their logit; the gradient is then that of the
+    logit all the same (straight-through)."""
+    scale: float
+    """A constant factor."""
+
+
+def masked_activation(
+    hidden_TH: Tensor,
+    z_TKZ: Tensor,
+    w_FZ: Tensor,
+    *,
+    choose: Choose,
+    rule: MaskRule,
+    activation: Activation,
+) -> Tensor:
+    """Return act(hidden) * scale / K x sum_k m_k, where m_k is W_z z_k at the chosen neurons.
+
     Beside its inputs only the packed masks are saved, a bit a neuron and sample.
 
     Args:
-        z_TKZ: latent samples, float32 or wider.
+        hidden_TH: pre-activations; for "swiglu" the gates, then the ups.
+        z_TKZ: latent samples, float32 or wider; the mask is multiplied in the dtype of `hidden_TH`.
         w_FZ: W_z, the direction of each neuron in the latent space.
         choose: makes the choice of each sample from its logits, or repeats it.
-        hard: whether chosen neurons are at 1, instead of at their logit.
-        scale: a constant factor.
+        rule: what the mask is made of.
+        activation: as in `expert_ffn`.
 
     Returns:
-        (T, F) in the dtype of `z_TKZ`.
+        (T, F) in the dtype of `hidden_TH`.
     """
-    return _MeanMask.apply(z_TKZ, w_FZ, choose, hard, scale)
+    return _MaskedActivation.apply(hidden_TH, z_TKZ, w_FZ, choose, rule, activation)
 
 
-def mean_mask_loop(
-    z_TKZ: Tensor, w_FZ: Tensor, *, choose: Choose, hard: bool, scale: float
+def masked_activation_loop(
+    hidden_TH: Tensor,
+    z_TKZ: Tensor,
+    w_FZ: Tensor,
+    *,
+    choose: Choose,
+    rule: MaskRule,
+    activation: Activation,
 ) -> Tensor:
-    """Define `mean_mask`: each mask in full, autograd for the gradients."""
+    """Define `masked_activation`: each mask in full, autograd for the gradients."""
     masks = []
     for k, z_TZ in enumerate(z_TKZ.unbind(1)):
         logits_TF = z_TZ @ w_FZ.t()
-        chosen_TF = unpack_bits(choose(k, logits_TF.detach()))
+        chosen_TF = unpack_bits(choose(k, slice(0, len(z_TZ)), logits_TF.detach()))
         soft_TF = logits_TF * chosen_TF
-        masks.append(chosen_TF + soft_TF - soft_TF.detach() if hard else soft_TF)
-    return scale * torch.stack(masks).mean(0)
-
-
-def masked_activation(hidden_TH: Tensor, mask_TF: Tensor, activation: Activation) -> Tensor:
-    """Return act(hidden) * mask, (T, F) in the dtype of `hidden_TH`; saves its inputs alone.
-
-    Args:
-        hidden_TH: pre-activations; for "swiglu" the gates, then the ups.
-        mask_TF: as wide or wider; it is multiplied in the dtype of `hidden_TH`.
-        activation: as in `expert_ffn`.
-    """
-    return _MaskedActivation.apply(hidden_TH, mask_TF, activation)
-
-
-class _MeanMask(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z_TKZ: Tensor, w_FZ: Tensor, choose: Choose, hard: bool, scale: float
-    ) -> Tensor:
-        factor = scale / z_TKZ.shape[1]
-        mean_TF = z_TKZ.new_zeros(z_TKZ.shape[0], w_FZ.shape[0])
-        packed = []
-        for k, z_TZ in enumerate(z_TKZ.unbind(1)):
-            logits_TF = z_TZ @ w_FZ.t()
-            packed.append(choose(k, logits_TF))
-            chosen_TF = unpack_bits(packed[-1])
-            if hard:
-                mean_TF.add_(chosen_TF, alpha=factor)
-            else:
-                mean_TF.addcmul_(logits_TF, chosen_TF.to(logits_TF), value=factor)
-        ctx.save_for_backward(z_TKZ, w_FZ, *packed)
-        ctx.factor = factor
-        return mean_TF
-
-    @staticmethod
-    def backward(ctx: Any, dmean_TF: Tensor) -> tuple[Tensor | None, ...]:
-        z_TKZ, w_FZ, *packed = ctx.saved_tensors
-        dz_TKZ, dw_FZ = torch.empty_like(z_TKZ), torch.zeros_like(w_FZ)
-        for k, bits in enumerate(packed):
-            dlogits_TF = dmean_TF * unpack_bits(bits)
-            torch.mul(dlogits_TF @ w_FZ, ctx.factor, out=dz_TKZ[:, k])
-            dw_FZ.addmm_(dlogits_TF.t(), z_TKZ[:, k], alpha=ctx.factor)
-        return dz_TKZ, dw_FZ, None, None, None
+        masks.append(chosen_TF + soft_TF - soft_TF.detach() if rule.hard else soft_TF)
+    mean_TF = rule.scale * torch.stack(masks).mean(0)
+    return activate(hidden_TH, activation) * mean_TF.to(hidden_TH.dtype)
 
 
 class _MaskedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, mask_TF: Tensor, activation: Activation) -> Tensor:
-        narrow_TF = mask_TF.to(hidden_TH.dtype)
-        ctx.save_for_backward(hidden_TH, narrow_TF)
-        ctx.activation, ctx.mask_dtype = activation, mask_TF.dtype
-        return activate(hidden_TH, activation).mul_(narrow_TF)
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        z_TKZ: Tensor,
+        w_FZ: Tensor,
+        choose: Choose,
+        rule: MaskRule,
+        activation: Activation,
+    ) -> Tensor:
+        a_TF = hidden_TH.new_empty(len(hidden_TH), len(w_FZ))
+        pieces = _Pieces(z_TKZ, w_FZ, rule)
+        packed = []
+        for tokens in pieces:
+
+            def bits(k: int, logits_CF: Tensor, tokens: slice = tokens) -> Tensor:
+                packed.append(choose(k, tokens, logits_CF))
+                return packed[-1]
+
+            mean_CF = pieces.mean_mask(tokens, bits)
+            act_CF = activate(hidden_TH[tokens], activation)
+            torch.mul(act_CF, mean_CF.to(act_CF.dtype), out=a_TF[tokens])
+        ctx.save_for_backward(hidden_TH, z_TKZ, w_FZ, *packed)
+        ctx.rule, ctx.activation = rule, activation
+        return a_TF
 
     @staticmethod
-    def backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_TH, mask_TF = ctx.saved_tensors
-        if ctx.activation == "swiglu":
-            gate_TF, up_TF = hidden_TH.chunk(2, dim=-1)
-            silu_TF = F.silu(gate_TF)
-            dmask_TF = da_TF * silu_TF * up_TF
-            dact_TF = da_TF * mask_TF
-            dhidden_TH = torch.empty_like(hidden_TH)
-            dgate_TF, dup_TF = dhidden_TH.chunk(2, dim=-1)
-            torch.mul(dact_TF, silu_TF, out=dup_TF)
-            torch.ops.aten.silu_backward.grad_input(
-                dact_TF.mul_(up_TF), gate_TF, grad_input=dgate_TF
-            )
-        else:
-            dmask_TF = da_TF * activate(hidden_TH, ctx.activation)
-            dact_TF = da_TF * mask_TF
-            if ctx.activation == "gelu":
-                dhidden_TH = torch.ops.aten.gelu_backward(dact_TF, hidden_TH, approximate="tanh")
+    def backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, z_TKZ, w_FZ, *packed = ctx.saved_tensors
+        dhidden_TH, dz_TKZ = torch.empty_like(hidden_TH), torch.empty_like(z_TKZ)
+        dw_FZ = torch.zeros_like(w_FZ)
+        pieces = _Pieces(z_TKZ, w_FZ, ctx.rule)
+        saved = iter(packed)
+        for tokens in pieces:
+            bits = [next(saved) for _ in range(z_TKZ.shape[1])]
+            mean_CF = pieces.mean_mask(tokens, _given(bits))
+            dmean_CF = _activation_backward(
+                hidden_TH[tokens],
+                mean_CF.to(hidden_TH.dtype),
+                da_TF[tokens],
+                ctx.activation,
+                out=dhidden_TH[tokens],
+            ).to(w_FZ.dtype)
+            pieces.mean_mask_backward(tokens, bits, dmean_CF, dz_TKZ, dw_FZ)
+        return dhidden_TH, dz_TKZ, dw_FZ, None, None, None
+
+
+def _given(bits: list[Tensor]) -> Callable[[int, Tensor], Tensor]:
+    """Return what gives the masks that were chosen in the forward pass."""
+    return lambda k, logits_CF: bits[k]
+
+
+class _Pieces:
+    """The tokens that are computed at a time, on a CPU a few and elsewhere all, and their masks.
+
+    What a piece needs is written to the same memory again and again, which stays in the cache.
+    """
+
+    def __init__(self, z_TKZ: Tensor, w_FZ: Tensor, rule: MaskRule):
+        self.z_TKZ, self.w_FZ, self.rule = z_TKZ, w_FZ, rule
+        self.num_tokens, width = len(z_TKZ), len(w_FZ)
+        fits = _PIECE_ELEMENTS // width if w_FZ.device.type == "cpu" else self.num_tokens
+        self.size = max(1, min(fits, self.num_tokens))
+        self.logits_CF, self.chosen_CF, self.mean_CF = w_FZ.new_empty(3, self.size, width)
+
+    def __iter__(self) -> Iterator[slice]:
+        """Yield the tokens of each piece; one piece at least."""
+        for start in range(0, max(1, self.num_tokens), self.size):
+            yield slice(start, min(start + self.size, self.num_tokens))
+
+    def mean_mask(self, tokens: slice, bits: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Return (C, F), scale / K x sum_k m_k, until the next call; `bits` gives packed masks."""
+        num = tokens.stop - tokens.start
+        mean_CF, factor = self.mean_CF[:num].zero_(), self.rule.scale / self.z_TKZ.shape[1]
+        for k, z_CZ in enumerate(self.z_TKZ[tokens].unbind(1)):
+            logits_CF = torch.mm(z_CZ, self.w_FZ.t(), out=self.logits_CF[:num])
+            chosen_CF = self.chosen_CF[:num].copy_(unpack_bytes(bits(k, logits_CF)))
+            if self.rule.hard:
+                mean_CF.add_(chosen_CF, alpha=factor)
             else:
-                dhidden_TH = dact_TF * (hidden_TH > 0)
-        return dhidden_TH, dmask_TF.to(ctx.mask_dtype), None
+                mean_CF.addcmul_(logits_CF, chosen_CF, value=factor)
+        return mean_CF
+
+    def mean_mask_backward(
+        self, tokens: slice, bits: list[Tensor], dmean_CF: Tensor, dz_TKZ: Tensor, dw_FZ: Tensor
+    ) -> None:
+        """Write the gradient of z at these tokens, and add that of W_z; `dmean_CF` is scaled."""
+        num = tokens.stop - tokens.start
+        dmean_CF.mul_(self.rule.scale / self.z_TKZ.shape[1])
+        for z_CZ, dz_CZ, of_sample in zip(
+            self.z_TKZ[tokens].unbind(1), dz_TKZ[tokens].unbind(1), bits, strict=True
+        ):
+            chosen_CF = self.chosen_CF[:num].copy_(unpack_bytes(of_sample))
+            dlogits_CF = torch.mul(dmean_CF, chosen_CF, out=self.logits_CF[:num])
+            dz_CZ.copy_(dlogits_CF @ self.w_FZ)
+            dw_FZ.addmm_(dlogits_CF.t(), z_CZ)
+
+
+def _activation_backward(
+    hidden_CH: Tensor, mask_CF: Tensor, da_CF: Tensor, activation: Activation, *, out: Tensor
+) -> Tensor:
+    """Write the gradient of the pre-activations to `out` and return that of the mask."""
+    if activation == "swiglu":
+        gate_CF, up_CF = hidden_CH.chunk(2, dim=-1)
+        dgate_CF, dup_CF = out.chunk(2, dim=-1)
+        silu_CF = F.silu(gate_CF)
+        dact_CF = da_CF * mask_CF
+        torch.mul(dact_CF, silu_CF, out=dup_CF)
+        torch.ops.aten.silu_backward.grad_input(dact_CF.mul_(up_CF), gate_CF, grad_input=dgate_CF)
+        return silu_CF.mul_(up_CF).mul_(da_CF)
+    dact_CF = da_CF * mask_CF
+    if activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(
+            dact_CF, hidden_CH, approximate="tanh", grad_input=out
+        )
+    else:
+        torch.mul(dact_CF, hidden_CH > 0, out=out)
+    return activate(hidden_CH, activation).mul_(da_CF)

@@ -89,7 +89,7 @@ def test_flops_are_those_of_the_matrix_products(infinite, family) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("infinite", [*CASES[:4], BLOCK | {"active_fraction": 1.0, "samples": 1}])
+@pytest.mark.parametrize("infinite", [*CASES[:5], BLOCK | {"active_fraction": 1.0, "samples": 1}])
 def test_kept_bytes_are_what_autograd_saves(infinite, family) -> None:
     config = model(infinite, family)
     batch, seq_len = 2, 128

@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from dmoe.ops.top_mask import pack_bits, top_mask, top_mask_sorted, unpack_bits
+from dmoe.ops.top_mask import (
+    count_by_column,
+    count_ones,
+    pack_bits,
+    pack_bits_torch,
+    top_bits,
+    top_mask,
+    top_mask_sorted,
+    unpack_bits,
+    unpack_bits_torch,
+    unpack_bytes,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -16,10 +27,12 @@ def test_equals_the_stable_sort(dtype, n) -> None:
         mask = top_mask(scores, n)
         assert torch.equal(mask, top_mask_sorted(scores, n))
         assert (mask.sum(1) == n).all()
+        assert torch.equal(unpack_bits(top_bits(scores, n)), mask)
 
 
 def test_ties_go_to_the_lowest_index() -> None:
     assert top_mask(torch.zeros(1, 8), 3).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+    assert top_bits(torch.zeros(1, 8), 3).tolist() == [[0b111]]
 
 
 def test_bits_come_back() -> None:
@@ -29,4 +42,15 @@ def test_bits_come_back() -> None:
         bits = pack_bits(mask)
         assert bits.shape == (len(mask), mask.shape[1] // 8)
         assert torch.equal(unpack_bits(bits), mask)
+        assert torch.equal(unpack_bytes(bits), mask.to(torch.uint8))
+        assert torch.equal(pack_bits_torch(mask), bits)
+        assert torch.equal(unpack_bits_torch(bits), mask)
     assert pack_bits(every_byte).flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 255, 600])
+def test_bits_are_counted(rows) -> None:
+    mask = torch.rand(rows, 24) > 0.1
+    bits = pack_bits(mask)
+    assert torch.equal(count_by_column(bits), mask.sum(0))
+    assert count_ones(bits) == mask.sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmoe.moe.infinite.config import InfiniteConfig, num_active
 from dmoe.moe.infinite.initial import gain, init_latents
 from dmoe.moe.infinite.latent import LatentRouter, Noise
-from dmoe.moe.infinite.statistics import mask_sums, sigma_sums
+from dmoe.moe.infinite.statistics import sigma_sums, use_sums
 from dmoe.moe.routers.base import Router, RouterSection
 from dmoe.moe.routers.choice import slots_of
 from dmoe.moe.routing import MoEContext, Routing, make_routing
@@ -78,7 +78,7 @@ class BlockRouter(Router):
         uses_TE = chosen_TSE.sum(1, dtype=torch.uint8)
         ids_TK = slots_of(uses_TE > 0, min(uses_TE.shape[1], num_samples * self.num_active))
         weights_TK = weights_TE.gather(1, ids_TK.clamp(min=0))
-        sums |= mask_sums(uses_TE, num_samples, self.num_active)
+        sums |= use_sums(uses_TE, num_samples, self.num_active)
         return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK, sums)
 
     def select(self, scores_TSE: Tensor, context: MoEContext) -> Tensor:

@@ -21,7 +21,7 @@ from dmoe.moe.routing import MoEContext
 from dmoe.moe.stats import MoEOutput, MoEStats
 from dmoe.ops import Activation
 from dmoe.ops.activation import activate
-from dmoe.ops.top_mask import unpack_bits
+from dmoe.ops.top_mask import count_by_column
 
 
 class NeuronLayer(SparseLayer):
@@ -84,11 +84,8 @@ def measure_masks(
     counts: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     for space, mask in zip(spaces, masks, strict=True):
-        uses_TF = unpack_bits(mask[0]).view(torch.uint8)
-        for bits in mask[1:]:
-            uses_TF = uses_TF + unpack_bits(bits).view(torch.uint8)
-        counts.append(uses_TF.sum(0))
-        add(sums, mask_sums(uses_TF, len(mask), space.num_active), len(spaces))
+        counts.append(count_by_column(torch.cat(mask)))
+        add(sums, mask_sums(mask, space.num_active), len(spaces))
     for latent in latents:
         add(sums, sigma_sums(latent, context), len(latents))
     return MoEStats(torch.cat(counts), counts[0].new_zeros(()), sums)

@@ -15,8 +15,8 @@ from dmoe.moe.infinite.initial import gain
 from dmoe.moe.routing import MoEContext
 from dmoe.ops import Activation, router_gate
 from dmoe.ops.activation import activate
-from dmoe.ops.mean_mask import masked_activation, mean_mask
-from dmoe.ops.top_mask import pack_bits, top_mask, unpack_bits
+from dmoe.ops.mean_mask import MaskRule, masked_activation
+from dmoe.ops.top_mask import top_bits, unpack_bits
 
 Masks = list[Tensor]
 """The packed mask of each sample, (T, F / 8) uint8."""
@@ -47,6 +47,7 @@ class ExpertSpace(nn.Module):
         self.num_active = num_active(fraction, width)
         self.hard = config.is_hard
         self.gain = gain(config, self.num_active / width, at_mean=at_mean)
+        self.rule = MaskRule(self.hard, self.gain)
         self.w_z_FZ = nn.Parameter(torch.empty(width, config.latent_dim))
 
     def forward(
@@ -64,20 +65,28 @@ class ExpertSpace(nn.Module):
             activation: of the neurons.
             context: of the micro-batch; padding has empty masks.
         """
-        masks: dict[int, Tensor] = {}
+        pieces: dict[int, dict[int, Tensor]] = {}
 
-        def choose(k: int, scores_TF: Tensor) -> Tensor:
-            masks[k] = self._choose(k, scores_TF, context)
-            return masks[k]
+        def choose(k: int, tokens: slice, scores_CF: Tensor) -> Tensor:
+            bits = self._choose(k, tokens, scores_CF, context)
+            pieces.setdefault(k, {})[tokens.start] = bits
+            return bits
 
         # A hard mask before the activation is one after it: act(0) = 0 and act(1 h) = act(h).
         if self.config.mask_position == "after_activation" or self.hard:
-            mean_TF = mean_mask(z_TKZ, self.w_z_FZ, choose=choose, hard=self.hard, scale=self.gain)
-            return masked_activation(hidden_TH, mean_TF, activation), [*masks.values()]
+            a_TF = masked_activation(
+                hidden_TH,
+                z_TKZ,
+                self.w_z_FZ,
+                choose=choose,
+                rule=self.rule,
+                activation=activation,
+            )
+            return a_TF, _whole(pieces)
 
         def before(hidden_TH: Tensor, z_TZ: Tensor, w_z_FZ: Tensor, k: int) -> Tensor:
             scores_TF = router_gate(z_TZ, w_z_FZ)
-            mask_TF = scores_TF * unpack_bits(choose(k, scores_TF))
+            mask_TF = scores_TF * unpack_bits(choose(k, slice(0, len(z_TZ)), scores_TF))
             return masked_before(hidden_TH, mask_TF.to(hidden_TH.dtype), activation)
 
         # What is as large as the neurons is computed again in the backward pass, not kept.
@@ -86,23 +95,26 @@ class ExpertSpace(nn.Module):
             for k, z_TZ in enumerate(z_TKZ.unbind(1))
         ]
         total_TF = functools.reduce(torch.add, samples)
-        return total_TF * (self.gain / len(samples)), [*masks.values()]
+        return total_TF * (self.gain / len(samples)), _whole(pieces)
 
     def mask(self, z_TKZ: Tensor, k: int, context: MoEContext) -> Tensor:
         """Return (T, F), the mask of sample k; a hard one has the gradient of a soft one."""
         scores_TF = router_gate(z_TKZ[:, k], self.w_z_FZ)
-        chosen_TF = unpack_bits(self._choose(k, scores_TF, context))
+        chosen_TF = unpack_bits(self._choose(k, slice(0, len(z_TKZ)), scores_TF, context))
         soft_TF = scores_TF * chosen_TF
         return chosen_TF + soft_TF - soft_TF.detach() if self.hard else soft_TF
 
-    def _choose(self, k: int, scores_TF: Tensor, context: MoEContext) -> Tensor:
+    def _choose(self, k: int, tokens: slice, scores_CF: Tensor, context: MoEContext) -> Tensor:
         def select() -> Tensor:
-            chosen_TF = top_mask(scores_TF.detach(), self.num_active)
-            if context.valid_T is not None:
-                chosen_TF &= context.valid_T[:, None]
-            return pack_bits(chosen_TF)
+            bits = top_bits(scores_CF, self.num_active)
+            return bits if context.valid_T is None else bits * context.valid_T[tokens, None]
 
-        return context.decide(f"mask_{self.layer}_{k}", select)
+        return context.decide(f"mask_{self.layer}_{k}_{tokens.start}_{tokens.stop}", select)
+
+
+def _whole(pieces: dict[int, dict[int, Tensor]]) -> Masks:
+    """Put the masks of each sample together, which were chosen a piece of the tokens at a time."""
+    return [torch.cat([*of_sample.values()]) for of_sample in pieces.values()]
 
 
 def masked_before(hidden_TH: Tensor, mask_TF: Tensor, activation: Activation) -> Tensor:
