@@ -9,20 +9,16 @@ docs/results/matryoshka.md and its plot from what is in the folder, of all texts
 not made again: start the same command anew after an interruption.
 """
 
-import multiprocessing
-import os
 import sys
-import time
-from collections.abc import Collection
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
+from experiment_runs import names_of, perform_all, prepare_text
 from matryoshka_arms import ARMS, arm_config, steps_of
 from matryoshka_report import write_report
-from matryoshka_runs import Plan, is_done, perform, prepare_text
+from matryoshka_runs import MatryoshkaPlan, measure
 from matryoshka_speed import Settings, measure_speed
 
 from dmoe.config import ConfigError
@@ -62,25 +58,27 @@ def train(
     arms: Arms = ALL_ARMS,
     match: Matches = "tokens,flops",
     steps: Steps = None,
-    eval_tokens: EvalTokens = 40_000,
+    eval_tokens: EvalTokens = 100_000,
     jobs: Jobs = 2,
     threads: Threads = 1,
     overrides: Overrides = None,
 ) -> None:
     """Train the arms on a text and measure them."""
-    folder, of_text = prepare_text(out, data, title)
+    folder, of_text = prepare_text(out, data, title, lambda more: arm_config("k1", more))
     everywhere = (*(overrides or ()), *of_text)
-    arm_names = _names(arms, ARMS)
+    arm_names = names_of(arms, ARMS)
     reference_steps = steps or arm_config("layer", everywhere).train.steps
     plans = []
-    for kind in _names(match, ("tokens", "flops")):
+    for kind in names_of(match, ("tokens", "flops")):
         for seed in map(int, seeds.split(",")):
             for arm in arm_names:
                 num_steps = steps_of(arm, reference_steps, kind, everywhere)
                 if kind == "flops" and num_steps == reference_steps:
                     continue  # as many FLOPs with as many tokens: the first table has it
-                plans.append(Plan(folder, arm, seed, kind, num_steps, eval_tokens, everywhere))
-    _perform_all([plan for plan in plans if not is_done(plan)], jobs, threads)
+                plans.append(
+                    MatryoshkaPlan(folder, arm, seed, num_steps, eval_tokens, everywhere, kind)
+                )
+    perform_all(plans, measure, jobs, threads)
 
 
 @app.command()
@@ -108,37 +106,6 @@ def everything(
     train(out, data, title, seeds, jobs=jobs)
     speed(out)
     report(out)
-
-
-def _perform_all(plans: list[Plan], jobs: int, threads: int) -> None:
-    """Perform plans in processes of their own; what fails is told, and the others go on."""
-    began, failed = time.monotonic(), 0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _set_up, (threads,)) as pool:
-        futures: dict[Future[None], Plan] = {pool.submit(perform, plan): plan for plan in plans}
-        for number, future in enumerate(as_completed(futures), start=1):
-            error, minutes = future.exception(), (time.monotonic() - began) / 60
-            failed += error is not None
-            state = f"failed: {error!r}" if error else "done"
-            name = futures[future].name
-            print(f"{number}/{len(plans)} {name} {state} ({minutes:.1f} min)", flush=True)
-    if failed:
-        print(f"{failed} runs failed; the same command makes them again", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _set_up(threads: int) -> None:
-    """Prepare a process: all runs are on the CPU, also where there is a GPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(threads)
-
-
-def _names(given: str, known: Collection[str]) -> list[str]:
-    names = given.split(",")
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{name!r} is none of {', '.join(known)}")
-    return names
 
 
 if __name__ == "__main__":

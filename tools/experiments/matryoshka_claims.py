@@ -6,33 +6,13 @@ seed, or each searched budget of each seed.
 
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
 
+from experiment_page import Claim, below
 from matryoshka_arms import SWEEP, Match
-from matryoshka_results import Text, mean_and_spread
+from matryoshka_results import Text
 
 Measure = Callable[[Text, int], float]
 """A number of a text and a seed, in nats a byte."""
-
-
-class Claim(NamedTuple):
-    """Something that should show, and whether it did."""
-
-    words: str
-    held: list[bool]
-    """In each case."""
-    numbers: str
-
-    @property
-    def verdict(self) -> str:
-        """Return what became of it, in words."""
-        if not self.held:
-            return "not measured"
-        if all(self.held):
-            return f"holds in all {len(self.held)}"
-        if not any(self.held):
-            return f"does not hold in any of {len(self.held)}"
-        return f"holds in {sum(self.held)} of {len(self.held)}"
 
 
 def judge(text: Text) -> list[Claim]:
@@ -139,16 +119,9 @@ def _worst(arm: str, match: Match) -> Measure:
 
 def _below(text: Text, words: str, left: Measure, right: Measure) -> Claim:
     """Judge in each seed whether one number is below another."""
-    pairs = []
-    for seed in text.all_seeds:
-        try:
-            pairs.append((left(text, seed), right(text, seed)))
-        except KeyError:
-            continue  # a run that it needs is not there
-    if not pairs:
-        return Claim(words, [], "")
-    numbers = " against ".join(mean_and_spread(side) for side in zip(*pairs, strict=True))
-    return Claim(words, [a < b for a, b in pairs], numbers)
+    return below(
+        text.all_seeds, words, lambda seed: left(text, seed), lambda seed: right(text, seed)
+    )
 
 
 def _searched(text: Text, better: str, worse: str, words: str) -> Claim:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from experiment_page import mean_and_spread, table
 from matryoshka_arms import ARMS, K_MAX, SWEEP, TRAINED_K, Match
 from matryoshka_claims import judge
 from matryoshka_plot import write_plot
-from matryoshka_results import Text, mean_and_spread
+from matryoshka_results import Text
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "matryoshka.md"
 MOST_OVERHEAD = 0.03
@@ -26,7 +27,6 @@ _PASSES = {
 }
 
 Json = dict[str, Any]
-Rows = Sequence[Sequence[str]]
 
 
 def write_report(out: Path, page: Path = PAGE) -> str:
@@ -91,7 +91,7 @@ def _text(text: Text) -> list[str]:
         f"of {train['seq_len']} tokens, in {micro_batches} micro-batches. {run['machine']}; "
         f"{run['date']}.",
         "### What shows",
-        _table(
+        table(
             ["claim", "verdict", "what was compared, nats a byte"],
             [[claim.words, claim.verdict, claim.numbers] for claim in judge(text)],
         ),
@@ -116,7 +116,7 @@ def _losses(text: Text, match: Match) -> str:
         mean = mean_and_spread([text.mean_loss(arm, s, match) for s in seeds])
         rows.append([ARMS[arm].title, f"{len(seeds)}", f"{steps}", *cells, mean])
     trained = ", ".join(map(str, TRAINED_K))
-    return _table(
+    return table(
         ["arm", "seeds", "steps", *(f"k = {k}" for k in SWEEP), f"mean of {trained}"], rows
     )
 
@@ -131,7 +131,7 @@ def _gaps(text: Text, match: Match) -> str:
         worst = [text.worst_gap(arm, s, match) for s in seeds]
         each = ", ".join(f"{gap:.4f}" for gap in worst)
         rows.append([ARMS[arm].title, *cells, mean_and_spread(worst), each])
-    return _table(
+    return table(
         ["arm", *(f"k = {k}" for k in TRAINED_K), "worst", "worst of each seed"],
         rows,
     )
@@ -150,7 +150,7 @@ def _profiles(text: Text) -> str:
         found = "; ".join(_profile(row["profiles"]["found"]) for _, row in of_sum)
         front = _profile(of_sum[0][1]["profiles"]["front"])
         rows.append([f"{total}", *cells, front, found])
-    return _table(
+    return table(
         [
             "sum of k",
             "found",
@@ -184,9 +184,7 @@ def _routers(text: Text) -> str:
         "k in training is the mean of the steps that were logged. Agreement: rank correlation of "
         "router logits between k = 1 and 6, mean over the layers after the first. Similarity: mean "
         "cosine between the outputs of two experts.\n\n"
-    ) + _table(
-        ["arm", "k in training", "agreement", "similarity", "loss with its own choice"], rows
-    )
+    ) + table(["arm", "k in training", "agreement", "similarity", "loss with its own choice"], rows)
 
 
 def _speed(speed: Json) -> list[str]:
@@ -231,11 +229,11 @@ def _speed(speed: Json) -> list[str]:
         f"tokens and balanced choices that is {_experts_read(moe['num_experts'], 1, 8):.1f} of the "
         f"{moe['num_experts']} experts at k = 1 and {_experts_read(moe['num_experts'], 8, 8):.1f} "
         "at k = 8, so the time of such steps cannot follow k.",
-        _table(["pass", "k", "ms", "tokens/s", "time over k = 1", "FLOPs over k = 1"], rows),
+        table(["pass", "k", "ms", "tokens/s", "time over k = 1", "FLOPs over k = 1"], rows),
         "A training step of the experiment's model: a fixed k in all layers, and a k drawn for "
         "each layer with the same sum in every micro-batch (`budget`). Medians over rounds of both "
         "in turn; the ratio is the median of the rounds' own, with its quartiles.",
-        _table(
+        table(
             [
                 "mean k",
                 "fixed, ms",
@@ -274,8 +272,3 @@ def _experts_read(num_experts: int, k: int, num_tokens: int) -> float:
 
 def _profile(k_L: Sequence[int]) -> str:
     return "-".join(map(str, k_L))
-
-
-def _table(header: Sequence[str], rows: Rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -5,7 +5,7 @@ Called by the report, the claims and the plot. Losses are nats a byte of held-ou
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,6 @@ class Text:
         for (_, match, seed), run in sorted(self.runs.items()):
             if match == "tokens":
                 yield from ((seed, row) for row in run.get("search", ()))
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation; the mean alone of a single value."""
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def _same_cost(run: Json, reference: Json) -> bool:

@@ -7,23 +7,19 @@ All contenders are timed in turn in one process, by the harness of tools/benchma
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
-from itertools import count
 from pathlib import Path
 
 import torch
+from experiment_step import training_step
 from matryoshka_arms import SWEEP, arm_config
 
-from dmoe.engine import NativeEngine, StepPosition
 from dmoe.models import DecoderLM, ModelConfig, ModelInputs, build_model
 from dmoe.models.attention import KVCache
 from dmoe.models.counts import flops_per_token
-from dmoe.parallel import ParallelDims
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from harness import Settings, machine, measure
-from training_throughput import random_batch
 
 MODEL = ModelConfig.model_validate(
     {
@@ -125,24 +121,4 @@ def _elastic_step(k: int) -> Callable[[], object]:
 
 
 def _step(arm: str, override: str) -> Callable[[], object]:
-    """Return a training step of the experiment's model, of a new number each time."""
-    config = arm_config(arm, [override])
-    train = config.train
-    engine = NativeEngine(
-        config.engine,
-        model=config.model,
-        optim=config.optim,
-        dims=ParallelDims(),
-        device=torch.device("cpu"),
-        seed=0,
-    )
-    batches = [replace(random_batch(config), index=i) for i in range(train.num_micro_batches)]
-    steps = count()
-
-    def run() -> None:
-        at = StepPosition(0, next(steps), train.global_batch_size, train.num_micro_batches)
-        result = engine.forward_backward(batches, at)
-        engine.clip(config.optim.max_grad_norm)
-        engine.step(config.optim.lr, result)
-
-    return run
+    return training_step(arm_config(arm, [override]))
