@@ -1,9 +1,12 @@
 """Routers: `router(x_TD, context) -> Routing`. Each file has a config, a `build` and a module."""
 
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
+from dmoe.moe.routers.batchwise import BatchwiseConfig, BatchwiseRouter
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThresholdRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.hierarchical import HierarchicalConfig, HierarchicalRouter
+from dmoe.moe.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
@@ -18,6 +21,9 @@ ROUTERS = (
     SoftGateConfig,
     ReluConfig,
     ExpertThresholdConfig,
+    NoisyTopKConfig,
+    HierarchicalConfig,
+    BatchwiseConfig,
     ExpertChoiceConfig,
     PeerConfig,
     ForcedBalanceConfig,
@@ -26,12 +32,18 @@ ROUTERS = (
 
 __all__ = [
     "ROUTERS",
+    "BatchwiseConfig",
+    "BatchwiseRouter",
     "ExpertChoiceConfig",
     "ExpertChoiceRouter",
     "ExpertThresholdConfig",
     "ExpertThresholdRouter",
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
+    "HierarchicalConfig",
+    "HierarchicalRouter",
+    "NoisyTopKConfig",
+    "NoisyTopKRouter",
     "PeerConfig",
     "ReluConfig",
     "ReluRouter",

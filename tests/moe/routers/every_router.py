@@ -22,6 +22,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "relu": {"name": "relu", "target_k": 3, "penalty": 0.1},
     "expert_threshold": {"name": "expert_threshold", "target_k": 2, "decay": 0.5},
     "sparse_mixer": {"name": "sparse_mixer", "jitter": 0.3},
+    "noisy_top_k": {"name": "noisy_top_k", "top_k": 2},
+    "hierarchical": {"name": "hierarchical", "num_groups": 4, "experts_per_group": 1},
+    "batchwise": {"name": "batchwise", "top_k": 2},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""
