@@ -44,6 +44,10 @@ class ModelConfig(ConfigModel):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; maps back to the residual stream get it divided by
     sqrt(2 num_layers) (GPT-2)."""
+    init_scale: PositiveFloat | None = None
+    """Draw initial matrices, all but the embeddings, from a normal distribution of standard
+    deviation sqrt(init_scale / inputs) that is cut at two of these (Switch: 1, and 0.1 for large
+    sparse models); null for `init_std`."""
     moe: MoEConfig | None = None
     """Mixture-of-Experts layers; null for a dense model."""
 

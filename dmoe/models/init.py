@@ -1,7 +1,8 @@
 """Initial weights: a function of the seed and of each weight's global name, never of the layout.
 
 Matrices are normal with `init_std`; those that write to the residual stream are divided by
-sqrt(2 num_layers) (GPT-2); infinity-MoE and PEER have rules of their own, and modules that
+sqrt(2 num_layers) (GPT-2); with `init_scale` they are cut normal by their inputs instead (Switch,
+arXiv 2101.03961, section 2.4); infinity-MoE and PEER have rules of their own, and modules that
 say `starts_at_zero` do. Each expert has a stream of its own, under its global number.
 """
 
@@ -16,6 +17,7 @@ from dmoe.moe import infinite, peer
 from dmoe.parallel import ParallelDims
 from dmoe.rng import torch_generator
 
+_EMBEDDINGS = ("embed.", "positions.")
 _RESIDUAL_MAPS = ("o_proj.weight", "down_proj.weight", "w_down_EDF")
 
 
@@ -36,18 +38,21 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
         if ".deeper_neurons." in name:
             # Reads F neurons of mean square 1 where the first layer reads D numbers.
             std *= math.sqrt(config.dim / parameter.shape[1])
+        draw = _normal
+        if config.init_scale and not name.startswith(_EMBEDDINGS):
+            std, draw = math.sqrt(config.init_scale / parameter.shape[-1]), _cut_normal
         for rule in (infinite.initial_std, peer.initial_std):
             own_std = rule(name, parameter.shape)
-            std = std if own_std is None else own_std
+            std, draw = (std, draw) if own_std is None else (own_std, _normal)
         owned, rows = _owned(parameter)
         if is_expert(name):
             assert config.moe is not None
             first = dims.local_experts(config.moe.num_shards).start
             for index, expert in enumerate(range(first + owned.start, first + owned.stop)):
-                full = _normal(parameter.shape[1:], std, seed, f"{name}.{expert}")
+                full = draw(parameter.shape[1:], std, seed, f"{name}.{expert}")
                 local[index].copy_(full[rows])
         else:
-            local.copy_(_normal(parameter.shape, std, seed, name)[owned, rows])
+            local.copy_(draw(parameter.shape, std, seed, name)[owned, rows])
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -55,6 +60,11 @@ def init_weights(model: DecoderLM, *, seed: int, dims: ParallelDims) -> None:
 def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     # Drawn on the host and in float32, so that every device and precision starts from one model.
     return torch.randn(shape, generator=torch_generator(seed, "init", name)) * std
+
+
+def _cut_normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    generator = torch_generator(seed, "init", name)
+    return torch.nn.init.trunc_normal_(torch.empty(shape), a=-2, b=2, generator=generator) * std
 
 
 def _owned(parameter: Tensor) -> tuple[slice, slice]:

@@ -8,7 +8,7 @@ token's residual carries it on (Switch, arXiv 2101.03961, eq. 3; GShard, arXiv 2
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from dmoe.config.base import ConfigModel
@@ -23,13 +23,20 @@ class CapacityConfig(ConfigModel):
 
     factor: PositiveFloat
     """1 leaves room for perfect balance only; Switch and ST-MoE train with 1.25."""
+    eval_factor: PositiveFloat | None = None
+    """The factor outside training (Switch and ST-MoE: 2); null for the same."""
     policy: Literal["position", "score"] = "position"
     """Who is served: "position" all first choices in the order of the tokens, then all second ones
     (GShard); "score" the largest gates."""
     minimum: NonNegativeInt = 4
     """Slots an expert always has."""
-    group: Literal["micro_batch", "sequence"] = "micro_batch"
-    """The tokens among which capacity is divided."""
+    group: Literal["micro_batch", "sequence"] | PositiveInt = "micro_batch"
+    """The tokens among which capacity is divided; a number is that of consecutive tokens of a
+    micro-batch (the local groups of GShard), of which the last group may have fewer."""
+
+    def factor_of(self, context: MoEContext) -> float:
+        """Return the factor of a pass."""
+        return self.factor if context.training else self.eval_factor or self.factor
 
 
 def apply_capacity(routing: Routing, config: CapacityConfig, context: MoEContext) -> Routing:
@@ -40,11 +47,17 @@ def apply_capacity(routing: Routing, config: CapacityConfig, context: MoEContext
     )
 
 
+def group_size_of(group: str | int, context: MoEContext, num_tokens: int) -> int:
+    """Return the tokens of a group, 1 at least."""
+    sizes = {"sequence": context.seq_len, "micro_batch": max(1, num_tokens)}
+    return group if isinstance(group, int) else sizes[group]
+
+
 def keep_within_capacity(routing: Routing, config: CapacityConfig, context: MoEContext) -> Tensor:
     """Return (T, K) expert ids, -1 for the slots that are unused or dropped."""
     ids_TK, num_experts = routing.expert_ids_TK, routing.scores_TE.shape[1]
     num_tokens, top_k = ids_TK.shape
-    group_size = context.seq_len if config.group == "sequence" else num_tokens
+    group_size = group_size_of(config.group, context, num_tokens)
     if not num_tokens:
         return ids_TK
     group_T = torch.arange(num_tokens, device=ids_TK.device) // group_size
@@ -58,13 +71,14 @@ def keep_within_capacity(routing: Routing, config: CapacityConfig, context: MoEC
     else:
         slots_TK = torch.arange(num_tokens * top_k, device=ids_TK.device).view(num_tokens, top_k)
         preference = slots_TK.T.flatten()
-    num_bins = num_tokens // group_size * num_experts
+    num_bins = -(-num_tokens // group_size) * num_experts
     bins = bin_TK.masked_fill(~used_TK, num_bins).flatten()[preference]
     sorted_bins, order = bins.sort(stable=True)
     counts = torch.bincount(bins, minlength=num_bins + 1)
     rank = torch.arange(len(bins), device=bins.device) - (counts.cumsum(0) - counts)[sorted_bins]
     slots_G = counts[:num_bins].view(-1, num_experts).sum(1)
-    capacity_G = (config.factor * slots_G.double() / num_experts).ceil().clamp(min=config.minimum)
+    factor = config.factor_of(context)
+    capacity_G = (factor * slots_G.double() / num_experts).ceil().clamp(min=config.minimum)
     kept = rank < capacity_G[sorted_bins.clamp(max=num_bins - 1) // num_experts]
     kept_TK = torch.empty_like(used_TK.flatten())
     kept_TK[preference[order]] = kept
@@ -77,11 +91,11 @@ def keep_within_capacity_loop(
     """Define `keep_within_capacity`, one slot at a time."""
     ids_TK, num_experts = routing.expert_ids_TK.clone(), routing.scores_TE.shape[1]
     num_tokens, top_k = ids_TK.shape
-    group_size = context.seq_len if config.group == "sequence" else num_tokens
-    for start in range(0, num_tokens, group_size or 1):
-        tokens = range(start, start + group_size)
+    group_size = group_size_of(config.group, context, num_tokens)
+    for start in range(0, num_tokens, group_size):
+        tokens = range(start, min(start + group_size, num_tokens))
         slots = [(t, k) for k in range(top_k) for t in tokens if ids_TK[t, k] >= 0]
-        wanted = config.factor * len(slots) / num_experts
+        wanted = config.factor_of(context) * len(slots) / num_experts
         capacity = max(config.minimum, -int(-wanted // 1))
         if config.policy == "score":
             slots = sorted(

@@ -276,6 +276,7 @@ class MoELayer(SparseLayer):
                 scope=config.load_balance_scope,
                 seq_len=context.seq_len,
                 valid_T=context.valid_T,
+                choices=config.load_balance_choices,
                 counts_E=self._global_counts(routing, context)
                 if config.needs_global_counts
                 else None,

@@ -49,6 +49,24 @@ def test_no_two_matrices_and_no_two_experts_are_alike() -> None:
     assert len(starts) == len(matrices)
 
 
+def test_scaled_initialisation_goes_by_the_inputs() -> None:
+    """Switch: standard deviation sqrt(s / inputs), nothing beyond two of them."""
+    config = ModelConfig.model_validate(
+        {**CONFIG.model_dump(), "dim": 64, "ffn_dim": 256, "vocab_size": 500, "init_scale": 0.1}
+    )
+    for name, weight in weights_of(build_model(config)).items():
+        if weight.ndim == 1:
+            continue
+        if name.startswith("embed."):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+            continue
+        std = math.sqrt(0.1 / weight.shape[-1])
+        assert weight.abs().max() <= 2 * std, name
+        assert weight.abs().max() > 1.9 * std or weight.numel() < 500, name
+        # A normal distribution that is cut at two deviations has 0.88 of its deviation left.
+        assert weight.std().item() == pytest.approx(0.88 * std, rel=0.1), name
+
+
 def test_sizes_are_those_of_gpt2() -> None:
     config = ModelConfig(family="gpt2", dim=64, num_layers=8, ffn_dim=256, moe=None)
     for name, weight in weights_of(build_model(config)).items():

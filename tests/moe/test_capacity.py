@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmoe.moe import MoEContext, Routing
+from dmoe.moe import BatchTotals, MoEContext, Routing
 from dmoe.moe.capacity import (
     CapacityConfig,
     apply_capacity,
@@ -56,7 +56,7 @@ def no_tokens(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("policy", ["position", "score"])
-@pytest.mark.parametrize("group", ["micro_batch", "sequence"])
+@pytest.mark.parametrize("group", ["micro_batch", "sequence", 4, 7])
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -90,6 +90,37 @@ def test_position_serves_first_choices_first() -> None:
     routing = routing_of(ids_TK, torch.ones(3, 2), num_experts=2)
     kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=3))
     assert kept_TK.tolist() == [[1, -1], [0, 1], [0, -1]]
+
+
+def test_a_local_group_has_a_capacity_of_its_own() -> None:
+    """Groups of 2 of 5 tokens, two experts, factor 1: one slot an expert, in the last group too."""
+    ids_TK = torch.zeros(5, 1, dtype=torch.int64)
+    config = CapacityConfig(factor=1.0, minimum=0, group=2)
+    routing = routing_of(ids_TK, torch.ones(5, 1), num_experts=2)
+    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=5))
+    assert kept_TK.flatten().tolist() == [0, -1, 0, -1, 0]
+
+
+def test_second_choices_come_after_all_first_ones_also_where_some_are_not_sent() -> None:
+    """GShard: token 0's second choice, expert 1, is placed after token 2's first. Token 1 has none.
+
+    Five slots, two experts: factor 0.8 is a capacity of 2.
+    """
+    ids_TK = torch.tensor([[0, 1], [1, -1], [1, 0]])
+    config = CapacityConfig(factor=0.8, minimum=0)
+    routing = routing_of(ids_TK, torch.ones(3, 2), num_experts=2)
+    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=3))
+    assert kept_TK.tolist() == [[0, -1], [1, -1], [1, 0]]
+
+
+def test_outside_training_the_factor_may_be_another() -> None:
+    ids_TK = torch.zeros(4, 1, dtype=torch.int64)
+    config = CapacityConfig(factor=1.0, eval_factor=2.0, minimum=0)
+    routing = routing_of(ids_TK, torch.ones(4, 1), num_experts=4)
+    for totals, num_kept in ((BatchTotals(4, 4, 1, 1), 1), (None, 2)):
+        context = MoEContext(seq_len=4, totals=totals)
+        assert (keep_within_capacity(routing, config, context) >= 0).sum() == num_kept
+        assert (keep_within_capacity_loop(routing, config, context) >= 0).sum() == num_kept
 
 
 def test_score_serves_the_largest_gates() -> None:

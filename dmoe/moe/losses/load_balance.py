@@ -2,18 +2,23 @@
 
 f_i is the share of slots that went to expert i and P_i its mean router probability (Switch, arXiv
 2101.03961, eq. 4-6). Over the tokens of which set the means are taken is the scope: a micro-batch,
-a sequence (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) or the global batch (Qwen, arXiv 2501.11873).
+a local group of so many tokens (GShard, arXiv 2006.16668, section 2.2, where f_i counts first
+choices alone), a sequence (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) or the global batch (Qwen,
+arXiv 2501.11873).
 Shapes: T tokens, E experts, G groups of tokens.
 """
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmoe.moe.routing import BatchTotals, Routing
 
-BalanceScope = Literal["micro_batch", "sequence", "global_batch"]
+BalanceScope = Literal["micro_batch", "sequence", "global_batch"] | PositiveInt
+BalanceChoices = Literal["all", "first"]
 
 
 def load_balance_loss(
@@ -24,16 +29,19 @@ def load_balance_loss(
     seq_len: int,
     valid_T: Tensor | None = None,
     counts_E: Tensor | None = None,
+    choices: BalanceChoices = "all",
 ) -> Tensor:
     """Return this micro-batch's share of the loss; the shares of a global batch sum to the loss.
 
     Args:
         routing: the router's decision on the micro-batch.
         totals: sizes of the global batch.
-        scope: the set of tokens that is to be balanced; the loss is the mean over such sets.
+        scope: the set of tokens that is to be balanced, or the size of groups of consecutive tokens
+            of the micro-batch; the loss is the mean over such sets.
         seq_len: tokens per sequence.
         valid_T: (T,) bool, False for padding; None where there is none.
         counts_E: slots per expert over the whole global batch; needed by that scope.
+        choices: the slots that f_i counts; the global batch's are all.
 
     Returns:
         A scalar in the scores' dtype; its gradient flows through the probabilities.
@@ -47,10 +55,17 @@ def load_balance_loss(
         share_E = counts_E.to(scores_TE) / counts_E.sum().clamp(min=1)
         return num_experts * (share_E * scores_TE.sum(0)).sum() / totals.num_tokens
 
-    group_size = seq_len if scope == "sequence" else max(1, scores_TE.shape[0])
-    num_groups = totals.num_sequences if scope == "sequence" else totals.num_micro_batches
-    scores_GE = scores_TE.view(-1, group_size, num_experts).sum(1)
-    counts_GE = _count_by_group(routing.expert_ids_TK, group_size, num_experts)
+    num_tokens = max(1, scores_TE.shape[0])
+    sizes = {"sequence": seq_len, "micro_batch": num_tokens}
+    group_size = scope if isinstance(scope, int) else sizes[scope]
+    # All micro-batches have equally many tokens, padding included.
+    num_groups = -(-num_tokens // group_size) * totals.num_micro_batches
+    if scope == "sequence":
+        num_groups = totals.num_sequences
+    missing = -scores_TE.shape[0] % group_size
+    scores_GE = F.pad(scores_TE, (0, 0, 0, missing)).view(-1, group_size, num_experts).sum(1)
+    ids_TK = routing.expert_ids_TK if choices == "all" else routing.expert_ids_TK[:, :1]
+    counts_GE = _count_by_group(ids_TK, group_size, num_experts)
     share_GE = counts_GE.to(scores_GE) / counts_GE.sum(1, keepdim=True).clamp(min=1)
     # The rows of scores sum to 1, so the sum over a group is its number of valid tokens.
     mean_GE = scores_GE / scores_GE.detach().sum(1, keepdim=True).clamp(min=1)
@@ -61,5 +76,5 @@ def _count_by_group(expert_ids_TK: Tensor, group_size: int, num_experts: int) ->
     num_tokens = expert_ids_TK.shape[0]
     group_T1 = torch.arange(num_tokens, device=expert_ids_TK.device)[:, None] // group_size
     bins = (group_T1 * num_experts + expert_ids_TK)[expert_ids_TK >= 0]
-    num_bins = num_tokens // group_size * num_experts
+    num_bins = -(-num_tokens // group_size) * num_experts
     return torch.bincount(bins, minlength=num_bins).view(-1, num_experts)

@@ -4,9 +4,10 @@ Shapes: T tokens, D model dim, E experts.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config.base import ConfigModel
@@ -18,6 +19,8 @@ from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds a router's
     from dmoe.moe.layer import MoEConfig
+
+RouterPrecision = Literal["fp32", "bf16"]
 
 
 class RouterSection(ConfigModel):
@@ -131,14 +134,23 @@ class Router(nn.Module):
 
 
 class RouterGate(nn.Module):
-    """The linear map from a token to its logits, computed in float32 at least."""
+    """The linear map from a token to its logits, computed in float32 at least.
 
-    def __init__(self, dim: int, num_experts: int):
+    Args:
+        dim: of a token.
+        num_experts: logits of a token.
+        precision: "bf16" rounds token, weight and logits to bfloat16 all the same.
+    """
+
+    def __init__(self, dim: int, num_experts: int, precision: RouterPrecision = "fp32"):
         super().__init__()
+        self.precision = precision
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         # For a layer that is used alone; a model draws its weights from its own seed.
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return (T, E) logits."""
+        if self.precision == "bf16":
+            return F.linear(x_TD.bfloat16(), self.weight.bfloat16()).to(self.weight.dtype)
         return router_gate(x_TD, self.weight)

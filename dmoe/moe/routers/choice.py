@@ -83,6 +83,25 @@ def random_subset(pool_TP: Tensor, k: int | Tensor, context: MoEContext) -> Tens
     return pool_TP.gather(1, places_TK.sort(dim=1).values)
 
 
+def without_random_second(ids_TK: Tensor, gates_TK: Tensor, context: MoEContext) -> Tensor:
+    """Keep a token's second expert with probability min(1, 2 g), g its gate.
+
+    GShard, arXiv 2006.16668, section 2.2: an expert that hardly weighs is often not worth sending
+    to. The first expert keeps the gate it has beside the second.
+
+    Args:
+        ids_TK: (T, 2) int64 ids.
+        gates_TK: (T, 2) gates that sum to 1.
+        context: has what the draw is a function of, beside the token.
+    """
+    assert context.token_ids_T is not None, "random routing needs the tokens' numbers"
+    key = stream_key(context.seed, "second_choice", context.step, context.layer)
+    draws_T = token_uniform(key, context.token_ids_T, 1)[:, 0]
+    is_dropped_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
+    is_dropped_TK[:, 1] = draws_T >= 2 * gates_TK[:, 1]
+    return ids_TK.masked_fill(is_dropped_TK, -1)
+
+
 def without_small(ids_TK: Tensor, scores_TE: Tensor, threshold: float) -> Tensor:
     """Free the slots whose score is below `threshold` times the token's largest chosen one.
 

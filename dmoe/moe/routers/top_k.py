@@ -14,8 +14,14 @@ from torch import Tensor
 
 from dmoe.config.base import ConfigError, ConfigModel
 from dmoe.moe.expert_bias import update_expert_bias
-from dmoe.moe.routers.base import Router, RouterGate, RouterSection
-from dmoe.moe.routers.choice import choose, divided_by_sum, scores_of, softmax_over_choice
+from dmoe.moe.routers.base import Router, RouterGate, RouterPrecision, RouterSection
+from dmoe.moe.routers.choice import (
+    choose,
+    divided_by_sum,
+    scores_of,
+    softmax_over_choice,
+    without_random_second,
+)
 from dmoe.moe.routing import MoEContext, Routing, make_routing
 from dmoe.ops import top_k_ids
 from dmoe.rng import stream_key, token_uniform
@@ -65,10 +71,26 @@ class TopKConfig(RouterSection):
     """Multiplies the gates (2.5 in DeepSeek-V3)."""
     jitter: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The router's input is multiplied by U(1 - jitter, 1 + jitter) in training (Switch: 0.01)."""
+    second_choice: Literal["always", "random"] = "always"
+    """Whether a token's second expert is always used, or in training with probability min(1, 2 g),
+    g its gate (GShard); for `top_k` 2 with `normalize`."""
+    precision: RouterPrecision = "fp32"
+    """Of logits and scores; "bf16" is here to show what it costs (Switch, table 2)."""
     bias_update_rate: NonNegativeFloat = 0.0
     """Step of the loss-free balancing bias, 0 to have none (DeepSeek-V3: 0.001)."""
     groups: GroupsConfig | None = None
     """Take the experts of a token from its best groups of experts alone; null for no such limit."""
+
+    @model_validator(mode="after")
+    def _second_choice_is_one_of_two(self) -> "TopKConfig":
+        if self.second_choice == "random" and not (self.top_k == 2 and self.normalize):
+            raise ConfigError(
+                f"second_choice = random is for top_k = 2 with normalize: true, and here they are "
+                f"{self.top_k} and {str(self.normalize).lower()}: change these, or set "
+                f"second_choice to always",
+                key="second_choice",
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_hold_a_token(self) -> "TopKConfig":
@@ -81,11 +103,18 @@ class TopKConfig(RouterSection):
         return self
 
     def check(self, moe: "MoEConfig") -> None:
-        """Check the groups against the number of experts.
+        """Check the second choice, and the groups against the number of experts.
 
         Raises:
-            ConfigError: they are not equally large, or too small for a token's experts or score.
+            ConfigError: there may be no second choice, or groups are not equally large, or too
+                small for a token's experts or score.
         """
+        if self.second_choice == "random" and moe.elastic is not None:
+            raise ConfigError(
+                "router.second_choice = random is for two experts a token, and elastic draws how "
+                "many: leave either out",
+                key="router.second_choice",
+            )
         groups, num_experts = self.groups, moe.experts
         if groups is None:
             return
@@ -126,7 +155,7 @@ class TopKRouter(Router):
     def __init__(self, config: TopKConfig, *, dim: int, num_experts: int):
         super().__init__()
         self.config = config
-        self.gate = RouterGate(dim, num_experts)
+        self.gate = RouterGate(dim, num_experts, config.precision)
         # Selection only: the bias never enters a gate (arXiv 2408.15664, section 3). It stays in
         # use where a later run sets its rate to zero, as DeepSeek-V3 did at the end.
         self.expert_bias_E: Tensor
@@ -135,12 +164,23 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         logits_TE = self.gate(jittered(x_TD, self.config.jitter, context))
-        scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+        scores_TE = self.score(logits_TE)
         ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
         weights_TK = self.weigh(logits_TE, scores_TE, ids_TK)
+        if self.config.second_choice == "random" and context.training:
+            gates_TK = weights_TK.detach() / self.config.scaling_factor
+            ids_TK = context.decide(
+                "sent_ids", lambda: without_random_second(ids_TK, gates_TK, context)
+            )
         if self.config.score == "sigmoid":
             scores_TE = divided_by_sum(scores_TE)
         return make_routing(logits_TE, scores_TE, ids_TK, weights_TK)
+
+    def score(self, logits_TE: Tensor) -> Tensor:
+        """Return (T, E) softmax or sigmoid scores, in the router's precision."""
+        logits = logits_TE.bfloat16() if self.config.precision == "bf16" else logits_TE
+        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        return scores.to(logits_TE.dtype)
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dmoe.moe import BatchTotals
-from dmoe.moe.losses import load_balance_loss
+from dmoe.moe.losses import LossesConfig, load_balance_loss
 from dmoe.moe.routing import Routing, make_routing
 
 SEQUENCES, SEQ_LEN, EXPERTS, TOP_K = 6, 5, 4, 2
@@ -61,6 +61,24 @@ def test_by_hand(scope) -> None:
     assert loss.item() == 1.25
 
 
+def test_gshard_by_hand() -> None:
+    """Two local groups of two tokens; f counts first choices, c_e / S in the paper.
+
+    Group 0: f = (1, 0), P = (0.7, 0.3), so 2 x 0.7; group 1: f = (0.5, 0.5), so 1. The paper's loss
+    is divided by E where ours is multiplied.
+    """
+    scores_TE = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.9, 0.1], [0.3, 0.7]])
+    ids_TK = torch.tensor([[0, 1], [0, -1], [0, 1], [1, 0]])
+    options = {"scope": 2, "seq_len": 4, "choices": "first"}
+    loss = load_balance_loss(routing_of(scores_TE, ids_TK), totals_of(4), **options)
+    assert loss.item() == pytest.approx((1.4 + 1) / 2)
+
+
+def test_first_choices_over_the_global_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="load_balance_choices = first"):
+        LossesConfig(load_balance_choices="first")
+
+
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_is_one_at_perfect_balance(scope, top_k) -> None:
@@ -86,15 +104,22 @@ def test_global_shares_of_any_partition_sum_to_the_loss(num_parts) -> None:
     assert_same_with_gradient(sum(shares), formula(scores_TE, ids_TK, valid_T), scores_TE)
 
 
-@pytest.mark.parametrize("sizes", [[6], [1, 5], [2, 2, 2], [1] * 6])
-@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+@pytest.mark.parametrize(
+    ("scope", "sizes"),
+    [(s, sizes) for s in ("sequence", "micro_batch") for sizes in ([6], [1, 5], [2] * 3, [1] * 6)]
+    # Micro-batches of unequal size have no common number of groups.
+    + [(4, [6]), (4, [2] * 3), (4, [1] * 6)],
+)
 def test_the_loss_is_the_mean_over_sequences_or_micro_batches(scope, sizes) -> None:
     """A set of tokens that is all padding counts as zero."""
     scores_TE, ids_TK, valid_T = random_batch()
     parts = torch.arange(len(scores_TE)).split([SEQ_LEN * size for size in sizes])
     totals = totals_of(int(valid_T.sum()), SEQUENCES, len(parts))
     shares = [share(scores_TE, ids_TK, valid_T, part, totals=totals, scope=scope) for part in parts]
-    groups = torch.arange(len(scores_TE)).split(SEQ_LEN) if scope == "sequence" else parts
+    size = SEQ_LEN if scope == "sequence" else scope
+    groups = parts
+    if scope != "micro_batch":
+        groups = [group for part in parts for group in part.split(size)]
     losses = [formula(scores_TE[g], ids_TK[g], valid_T[g]) for g in groups]
     assert_same_with_gradient(sum(shares), sum(losses) / len(groups), scores_TE)
 

@@ -9,6 +9,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
     "sigmoid": {"name": "top_k", "top_k": 3, "score": "sigmoid", "scaling_factor": 2.5},
     "switch": {"name": "top_k", "top_k": 1, "normalize": False},
+    "gshard": {"name": "top_k", "top_k": 2, "second_choice": "random"},
     "groups": {
         "name": "top_k",
         "top_k": 2,
