@@ -7,8 +7,6 @@ this code's engine.
 
 import dataclasses
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +23,6 @@ from dmoe.moe.elastic import ElasticK
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 from dmoe.testing import run_distributed
-
-sys.path.append(str(Path(__file__).parents[1] / "moe" / "routers"))
-from every_router import ROUTERS
 
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 6, 2, 8, 19
 TOLERANCE = 1e-9
@@ -107,10 +102,7 @@ INFINITE_LAYOUTS = {
     ("block", 4): [(4, 0, "none"), (2, 3, "none")],
     ("deep", 2): [(1, 3, "none")],
 }
-BY_ROUTER = {
-    f"router_{name}": model_config(router=router, losses={}) for name, router in ROUTERS.items()
-}
-MODELS = FIXED | VARYING | INFINITE | BY_ROUTER
+MODELS = FIXED | VARYING | INFINITE
 
 
 def micro_batches(step: int) -> list[MicroBatch]:
@@ -201,7 +193,8 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
         betas=OPTIM.betas,
         weight_decay=OPTIM.weight_decay,
     )
-    weights = config.moe.loss_weights()
+    weights = config.moe.losses
+    names = {"load_balance": weights.load_balance_weight, "z": weights.z_loss_weight}
     seen: dict[str, Tensor] = {}
     for step in range(num_steps(collapse)):
         batches = micro_batches(step)
@@ -227,9 +220,10 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
         )
         aux = {
             name: sum(layer.losses[name] for output in outputs for layer in output.moe)
-            for name in weights
+            for name, weight in names.items()
+            if weight
         }
-        (loss + sum(weights[name] * value for name, value in aux.items())).backward()
+        (loss + sum(names[name] * value for name, value in aux.items())).backward()
         for name, parameter in model.named_parameters():
             seen[f"{step}.grad.{name}"] = parameter.grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -245,11 +239,12 @@ def plain_training(config: ModelConfig, collapse: bool) -> dict[str, Tensor]:
         for layer, load in zip(model.moe_layers, counts.double(), strict=True):
             if config.moe.infinite:
                 continue
-            if config.moe.router.name == "top_k":
-                rate = config.moe.router.bias_update_rate
-                layer.router.expert_bias_E += rate * torch.sign(load.mean() - load)
-            else:
+            if config.moe.router.name == "top_p":
                 layer.end_step(load, totals.num_tokens)
+            else:
+                layer.router.expert_bias_E += ROUTER["bias_update_rate"] * torch.sign(
+                    load.mean() - load
+                )
     seen |= {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     seen |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     for name, parameter in model.named_parameters():
@@ -304,8 +299,6 @@ def layouts_of(name: str, world_size: int) -> list[tuple[int, int, str]]:
         return every
     if name in INFINITE:
         return INFINITE_LAYOUTS.get((name, world_size), [])
-    if name in BY_ROUTER:
-        return [(world_size, 3 if world_size == 2 else 0, "full")]
     return [every[-3], every[-1]] if world_size < 4 else []
 
 

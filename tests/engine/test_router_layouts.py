@@ -25,6 +25,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "sparse_mixer": {"router": {"name": "sparse_mixer", "jitter": 0.3}},
     "relu": {"router": {"name": "relu", "target_k": 1, "penalty": 0.1}},
     "expert_threshold": {"router": {"name": "expert_threshold", "decay": 0.5}},
+    "gshard": {
+        "router": {"name": "top_k", "top_k": 2, "second_choice": "random"},
+        "capacity": {"factor": 1.0, "minimum": 0, "group": 8},
+        "losses": {"load_balance_scope": 8, "load_balance_choices": "first"},
+    },
+    "soft_gate": {"router": {"name": "soft_gate"}},
+    "noisy_top_k": {"router": {"name": "noisy_top_k"}},
+    "hierarchical": {"router": {"name": "hierarchical", "num_groups": 4}},
+    "batchwise": {"router": {"name": "batchwise"}},
     "peer": {
         "num_experts": 64,
         "expert_ffn_dim": 1,
