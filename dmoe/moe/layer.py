@@ -288,7 +288,7 @@ class MoELayer(SparseLayer):
     @property
     def wide_modules(self) -> list[nn.Module]:
         """What computes in float32 at least, whatever the precision of the model."""
-        return [self.router.gate]
+        return [self.router.gate] if any(True for _ in self.router.gate.parameters()) else []
 
     def end_step(
         self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None

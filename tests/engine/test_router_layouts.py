@@ -34,6 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "noisy_top_k": {"router": {"name": "noisy_top_k"}},
     "hierarchical": {"router": {"name": "hierarchical", "num_groups": 4}},
     "batchwise": {"router": {"name": "batchwise"}},
+    "base_layer": {"router": {"name": "base_layer", "group": "micro_batch"}},
+    "sinkhorn": {"router": {"name": "sinkhorn"}},
+    "hash": {"router": {"name": "hash"}},
     "peer": {
         "num_experts": 64,
         "expert_ffn_dim": 1,

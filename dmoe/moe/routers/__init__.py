@@ -1,14 +1,17 @@
 """Routers: `router(x_TD, context) -> Routing`. Each file has a config, a `build` and a module."""
 
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
+from dmoe.moe.routers.base_layer import BaseLayerConfig, BaseLayerRouter
 from dmoe.moe.routers.batchwise import BatchwiseConfig, BatchwiseRouter
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThresholdRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
+from dmoe.moe.routers.hash import HashConfig, HashRouter
 from dmoe.moe.routers.hierarchical import HierarchicalConfig, HierarchicalRouter
 from dmoe.moe.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
+from dmoe.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
 from dmoe.moe.routers.sparse_mixer import SparseMixerConfig, SparseMixerRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
@@ -24,6 +27,9 @@ ROUTERS = (
     NoisyTopKConfig,
     HierarchicalConfig,
     BatchwiseConfig,
+    BaseLayerConfig,
+    SinkhornConfig,
+    HashConfig,
     ExpertChoiceConfig,
     PeerConfig,
     ForcedBalanceConfig,
@@ -32,6 +38,8 @@ ROUTERS = (
 
 __all__ = [
     "ROUTERS",
+    "BaseLayerConfig",
+    "BaseLayerRouter",
     "BatchwiseConfig",
     "BatchwiseRouter",
     "ExpertChoiceConfig",
@@ -40,6 +48,8 @@ __all__ = [
     "ExpertThresholdRouter",
     "ForcedBalanceConfig",
     "ForcedBalanceRouter",
+    "HashConfig",
+    "HashRouter",
     "HierarchicalConfig",
     "HierarchicalRouter",
     "NoisyTopKConfig",
@@ -51,6 +61,8 @@ __all__ = [
     "RouterConfig",
     "RouterGate",
     "RouterSection",
+    "SinkhornConfig",
+    "SinkhornRouter",
     "SoftGateConfig",
     "SoftGateRouter",
     "SparseMixerConfig",

@@ -118,7 +118,8 @@ class Threshold(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the (E,) thresholds."""
-        return self.value_E
+        # A copy: sharding takes a parameter's memory back once its module has been called.
+        return self.value_E.clone()
 
 
 def threshold_loss(

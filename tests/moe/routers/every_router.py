@@ -26,6 +26,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "noisy_top_k": {"name": "noisy_top_k", "top_k": 2},
     "hierarchical": {"name": "hierarchical", "num_groups": 4, "experts_per_group": 1},
     "batchwise": {"name": "batchwise", "top_k": 2},
+    "base_layer": {"name": "base_layer"},
+    "sinkhorn": {"name": "sinkhorn"},
+    "hash": {"name": "hash", "top_k": 2},
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""
