@@ -1,10 +1,12 @@
 """The commands on a model with a continuous space of experts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from command import STEPS, dmoe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +16,31 @@ def blocks(folder: Path) -> Path:
     trained = dmoe("train", folder / "run.yaml", "run.name=blocks", override, "eval.every=2")
     assert trained.status == 0, trained.err
     return folder / "blocks"
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "block"])
+def test_what_is_seen_while_training(folder: Path, granularity) -> None:
+    infinite = f"model.moe.infinite={{granularity: {granularity}, active_fraction: 0.25}}"
+    told = ("metrics.tensorboard=true", "metrics.moe=detailed", "metrics.log_every=1")
+    name = f"seen_{granularity}"
+    trained = dmoe("train", folder / "run.yaml", f"run.name={name}", infinite, *told)
+    assert trained.status == 0, trained.err
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
+    [row] = [row for row in rows if row["step"] == STEPS and "loss" in row]
+    events = EventAccumulator(str(folder / name / "tensorboard"))
+    events.Reload()
+    statistics = {
+        "load_entropy": (0, 1),
+        "dead_frac": (0, 1),
+        "sigma": (0.5, 2),
+        "sigma_std": (0, 1),
+        "overlap": (0.25, 1),
+        "active": (0.25, 0.5),
+    }
+    for statistic, (low, high) in statistics.items():
+        for key in (f"moe/{statistic}_mean", *(f"moe/layer_{i}/{statistic}" for i in range(2))):
+            assert low <= row[key] <= high, key
+            assert events.Scalars(key)[-1].value == pytest.approx(row[key])
 
 
 def test_a_row_for_each_number_of_samples(blocks: Path) -> None:
@@ -76,6 +103,15 @@ def test_text_takes_one_number_of_samples(blocks: Path) -> None:
     outcome = dmoe("generate", blocks, "--prompt", "one", "--samples", "1,2")
     assert outcome.status == 2
     assert "--samples: '1,2' is 2 numbers: give one" in outcome.err
+
+
+def test_a_mixture_has_no_mean_without_a_rule(folder: Path) -> None:
+    mixture = "model.moe.infinite={router: {name: mixture, components: 3}}"
+    assert dmoe("train", folder / "run.yaml", "run.name=mixture", mixture).status == 0
+    outcome = dmoe("eval", folder / "mixture", "--samples", "1,mean")
+    assert outcome.status == 2
+    assert "samples = mean takes the mean of z" in outcome.err
+    assert "router.components = 3 of them: set router.mean to argmax or average" in outcome.err
 
 
 def test_samples_and_blocks_take_such_a_model(run: Path, tmp_path: Path) -> None:
