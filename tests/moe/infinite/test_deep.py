@@ -82,6 +82,27 @@ def test_fractions_do_not_multiply_to_nothing() -> None:
     assert [space.num_active for space in layer.spaces] == [WIDTH // 4, 3 * WIDTH // 4]
 
 
+@pytest.mark.parametrize("mask", ["soft", "hard"])
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("samples", "least"), [(1, 0.95), (2, 0.77)])
+def test_the_scale_at_the_start(samples, least, activation, latent, mask) -> None:
+    infinite = {"ffn_dim": 512, "mask": mask, "samples": samples, "deep": {"latent": latent}}
+    torch.manual_seed(0)
+    layer = MoEConfig.model_validate({"infinite": infinite}).build(dim=64, activation=activation)
+    for name, parameter in layer.named_parameters():
+        if "neurons" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    x_TD = torch.randn(400, 64)
+    with torch.no_grad():
+        y_TD, _ = layer(x_TD, context(valid_T=None, token_ids_T=torch.arange(400)))
+        a_TF = activate(layer.neurons.up_proj(x_TD), activation)
+        [second] = layer.deeper_neurons
+        a_TF = activate(second(F.rms_norm(a_TF, a_TF.shape[-1:])), activation)
+        ratio = (y_TD.std() / layer.neurons.down_proj(a_TF).std()).item()
+    assert least < ratio < 1.05
+
+
 def test_counts_are_those_of_all_layers() -> None:
     layer = build(deep={"fractions": [0.25, 0.5]}, samples=2)
     _, output = layer(tokens(), context())

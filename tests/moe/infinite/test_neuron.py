@@ -222,14 +222,17 @@ def test_bfloat16_tokens_meet_float32_weights() -> None:
     assert (y_TD - reference).norm() < 0.02 * reference.norm()
 
 
-CASES = list(product(("swiglu", "gelu"), ("soft", "hard"), (0.05, 0.25, 0.5), (1, 2, 4)))
+CASES = list(product(("swiglu", "gelu"), ("soft", "hard"), (0.05, 0.25, 0.5), (1, 2, 4), [{}]))
+OPTIONS = [{"mask_position": "pre_activation"}, {"router": {"name": "mixture", "components": 3}}]
+CASES += product(("swiglu", "gelu"), ["soft"], [0.25], (1, 2), OPTIONS)
 
 
-@pytest.mark.parametrize(("activation", "mask", "fraction", "samples"), CASES)
+@pytest.mark.parametrize(("activation", "mask", "fraction", "samples", "options"), CASES)
 def test_the_output_starts_at_the_scale_of_the_network_without_masks(
-    activation, mask, fraction, samples
+    activation, mask, fraction, samples, options
 ) -> None:
     infinite = {"ffn_dim": 512, "mask": mask, "active_fraction": fraction, "samples": samples}
+    infinite |= options
     torch.manual_seed(0)
     layer = MoEConfig.model_validate({"infinite": infinite}).build(dim=64, activation=activation)
     for parameter in layer.neurons.parameters():
