@@ -13,6 +13,7 @@ from typing import Any
 from dmoe.trainer.config import Config
 
 Schema = dict[str, Any]
+Homes = dict[tuple[str, ...], str]
 
 INTRODUCTION = """\
 # Configuration reference
@@ -50,34 +51,47 @@ def reference() -> str:
     sections = [
         section
         for key, field in root["properties"].items()
-        for section in _sections(key, field, defs)
+        for section in _sections(key, field, defs, {})
     ]
-    overview = [f"| {_link(title)} | {_prose(section)} |" for _, title, section in sections]
+    overview = [f"| {_link(title)} | {_prose(section)} |" for _, title, section, _ in sections]
     details = [
-        f"## {title}\n\n{_prose(section)}\n\n{_table(key, section, defs)}"
-        for key, title, section in sections
+        f"## {title}\n\n{_prose(section)}\n\n{_table(key, section, defs, homes)}"
+        for key, title, section, homes in sections
     ]
     return "\n\n".join(["\n".join([INTRODUCTION, *overview]), *details]) + "\n"
 
 
-def _sections(key: str, field: Schema, defs: Schema) -> Iterator[tuple[str, str, Schema]]:
-    """Yield key, title and schema of the sections under a key, each before those inside it."""
+def _sections(
+    key: str, field: Schema, defs: Schema, homes: Homes
+) -> Iterator[tuple[str, str, Schema, Homes]]:
+    """Yield key, title and schema of the sections under a key, each before those inside it.
+
+    A choice that stands inside one of its own sections is told once; `homes` says where.
+    """
+    choice = tuple(_names(field))
+    if choice in homes:
+        return
+    homes = {**homes, choice: key} if len(choice) > 1 else homes
     for place, title, section in _places(key, field, defs):
-        yield place, title, section
+        yield place, title, section, homes
         for name, inner in section["properties"].items():
-            yield from _sections(f"{place}.{name}", inner, defs)
+            yield from _sections(f"{place}.{name}", inner, defs, homes)
 
 
 def _places(key: str, field: Schema, defs: Schema) -> list[tuple[str, str, Schema]]:
     """Return key, title and schema of each section that may stand at a key, or in its list."""
     if "items" in field:
         return _places(f"{key}.0", field["items"], defs)
-    references = [member["$ref"] for member in _members(field) if "$ref" in member]
-    sections = [defs[reference.rpartition("/")[2]] for reference in references]
+    sections = [defs[name] for name in _names(field)]
     if len(sections) == 1:
         return [(key, key, sections[0])]
     names = [section["properties"]["name"]["const"] for section in sections]
     return [(key, f"{key} ({name})", s) for name, s in zip(names, sections, strict=True)]
+
+
+def _names(field: Schema) -> list[str]:
+    """Return the names, in the schema, of the sections that may stand at a key."""
+    return [m["$ref"].rpartition("/")[2] for m in _members(field) if "$ref" in m]
 
 
 def _members(field: Schema) -> list[Schema]:
@@ -85,10 +99,10 @@ def _members(field: Schema) -> list[Schema]:
     return members
 
 
-def _table(key: str, section: Schema, defs: Schema) -> str:
+def _table(key: str, section: Schema, defs: Schema, homes: Homes) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in section["properties"].items():
-        kind = _type(f"{key}.{name}", field, defs)
+        kind = _type(homes.get(tuple(_names(field)), f"{key}.{name}"), field, defs)
         default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
         rows.append(f"| `{name}` | {kind} | {default} | {_prose(field)} |")
     return "\n".join(rows)

@@ -93,7 +93,10 @@ def flop_costs(config: ModelConfig, k_max: int, *, seq_len: int) -> Costs:
         "flops",
         float(flops_per_token(config, seq_len, training=False, k=0)),
         tuple(
-            tuple(2.0 * experts[layer] / config.moe.experts * k for k in range(1, k_max + 1))
+            tuple(
+                2.0 * experts[layer] / config.moe.num_networks * config.moe.networks_of(k)
+                for k in range(1, k_max + 1)
+            )
             for layer in config.moe_layers
         ),
     )

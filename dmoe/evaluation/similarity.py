@@ -74,7 +74,7 @@ def mean_cosine(layer: MoELayer, x_TD: Tensor) -> Tensor:
     The sum over pairs of unit vectors u_e is |sum_e u_e|^2 - sum_e |u_e|^2, so that no more than
     one expert's output is held at a time.
     """
-    num_experts = layer.config.experts
+    num_experts = layer.config.num_networks
     sum_TD = torch.zeros_like(x_TD, dtype=torch.float64)
     squares_T = sum_TD.new_zeros(len(x_TD))
     for expert in range(num_experts):
@@ -89,7 +89,7 @@ def expert_output(layer: MoELayer, x_TD: Tensor, expert: int) -> Tensor:
     """Return the (T, D) output of one expert for every token, without a gate."""
     ids_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    nothing_TE = x_TD.new_zeros(len(x_TD), layer.config.experts, dtype=wide)
+    nothing_TE = x_TD.new_zeros(len(x_TD), layer.config.num_networks, dtype=wide)
     ones_T1 = x_TD.new_ones(len(x_TD), 1, dtype=wide)
     routing = make_routing(nothing_TE, nothing_TE, ids_T1, ones_T1)
     rows, counts_e, handle = layer.dispatcher.dispatch(x_TD, routing)

@@ -25,6 +25,7 @@ _KINDS = {
     ".shared_experts.": "shared_experts",
     ".experts.": "experts",
     ".sub_keys": "sub_keys",
+    ".zero_computation.": "zero_computation",
     ".router.": "router",
     ".ffn.": "dense_ffn",
 }
@@ -37,8 +38,9 @@ class ParameterInfo(NamedTuple):
     """Number of its layer; None outside the layers."""
     kind: str
     """"embedding", "output", "attention", "dense_ffn", "experts", "shared_experts", "router",
-    "sub_keys" of product keys, or "norms"; of a continuous space of experts "space", its
-    directions, and where it is not divided into experts "neurons" and "deeper_neurons"."""
+    "sub_keys" of product keys, "zero_computation" or "norms"; of a continuous space of
+    experts "space", its directions, and where it is not divided into experts "neurons" and
+    "deeper_neurons"."""
     shape: torch.Size
 
 
@@ -117,7 +119,8 @@ def _inactive(config: ModelConfig, experts: int, k: float | None) -> int:
     if config.moe is None:
         return 0
     k = config.moe.mean_k(len(config.moe_layers)) if k is None else k
-    return round(experts * (config.moe.experts - k) / config.moe.experts)
+    num = config.moe.num_networks
+    return round(experts * (num - config.moe.networks_of(k)) / num)
 
 
 class Activations(NamedTuple):
@@ -211,6 +214,7 @@ def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> 
         return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.
     k = moe.elastic.k_max if moe.elastic else moe.used_router.nominal_k(moe.experts)
+    k = moe.networks_of(k)
     routed = k * (2 if gated else 1) * moe.expert_width
     arrived = k * config.dim if exchanged else 0
     return norm + round(routed + arrived) + dense * moe.num_shared_experts * moe.expert_width

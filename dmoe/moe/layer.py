@@ -14,6 +14,7 @@ from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.dispatch import DispatchName, build_dispatcher
 from dmoe.moe.elastic import ElasticConfig
 from dmoe.moe.experts import FeedForward, GroupedExperts
+from dmoe.moe.experts.zero_computation import ZeroComputationConfig, ZeroComputationExperts
 from dmoe.moe.infinite import (
     DeepNeuronLayer,
     InfiniteConfig,
@@ -42,6 +43,8 @@ class MoEConfig(ConfigModel):
     """Hidden width of one expert; null where `infinite` has a width of its own."""
     num_shared_experts: NonNegativeInt = 0
     """Experts that see every token, run as one network of this many times the expert width."""
+    zero_computation: ZeroComputationConfig | None = None
+    """Experts without a network, beside the others; null for none."""
     router: RouterConfig = Field(default_factory=TopKConfig)
     """How tokens choose experts; not used with `infinite`, which has a router of its own."""
     infinite: InfiniteConfig | None = None
@@ -87,6 +90,17 @@ class MoEConfig(ConfigModel):
     def _k_within_experts(self) -> "MoEConfig":
         if self.infinite is not None:
             return self
+        if self.zero_computation is not None:
+            self.zero_computation.check(self)
+        self.check_router()
+        return self
+
+    def check_router(self) -> None:
+        """Check the router against the experts.
+
+        Raises:
+            ConfigError: a token may have more experts than there are, or what the router says.
+        """
         limits = self.router.limits()
         if self.elastic is not None:
             k_max, k_ideal = self.elastic.k_max, self.elastic.k_ideal
@@ -99,7 +113,6 @@ class MoEConfig(ConfigModel):
                     key=key,
                 )
         self.router.check(self)
-        return self
 
     @model_validator(mode="after")
     def _router_is_elastic(self) -> "MoEConfig":
@@ -132,11 +145,27 @@ class MoEConfig(ConfigModel):
     def experts(self) -> int:
         """Experts of a layer, as routing counts them; its blocks or neurons with `infinite`."""
         if self.infinite is None:
-            assert self.num_experts is not None
-            return self.num_experts
+            return self.num_networks + (self.zero_computation.num if self.zero_computation else 0)
         if self.infinite.granularity == "block":
             return self.space_width // self.expert_width
         return self.space_width * len(self.infinite.fractions)
+
+    @property
+    def num_networks(self) -> int:
+        """Experts of a layer that are networks: without those of `zero_computation`."""
+        if self.infinite is not None:
+            return self.experts
+        assert self.num_experts is not None
+        return self.num_experts
+
+    def networks_of(self, k: float) -> float:
+        """Return how many of k experts of a token are networks, on average."""
+        zero = self.zero_computation
+        if zero is None:
+            return k
+        if zero.target_k is None:
+            return k * self.num_networks / self.experts
+        return k * zero.target_k / self.used_router.nominal_k(self.experts)
 
     @property
     def expert_width(self) -> int:
@@ -164,7 +193,7 @@ class MoEConfig(ConfigModel):
     def num_shards(self) -> int:
         """Experts of a layer that expert parallelism divides: none of single neurons."""
         is_dense = self.infinite is not None and self.infinite.granularity == "neuron"
-        return 0 if is_dense else self.used_router.num_shards(self.experts)
+        return 0 if is_dense else self.used_router.num_shards(self.num_networks)
 
     @property
     def num_counted(self) -> int:
@@ -235,14 +264,21 @@ class MoELayer(SparseLayer):
         self.config = config
         self.world_group = dims.world_group
         self.router = config.used_router.build(dim=dim, num_experts=config.experts)
-        self.dispatcher = build_dispatcher(config.dispatch, num_experts=config.experts, dims=dims)
+        self.dispatcher = build_dispatcher(
+            config.dispatch, num_experts=config.num_networks, dims=dims
+        )
         self.experts = GroupedExperts(
-            num_local=len(dims.local_experts(config.experts)),
+            num_local=len(dims.local_experts(config.num_networks)),
             dim=dim,
             ffn_dim=config.expert_width,
             activation=activation,
             backend=config.backend,
         )
+        self.zero_computation: ZeroComputationExperts | None = None
+        if config.zero_computation is not None:
+            self.zero_computation = ZeroComputationExperts(
+                config.zero_computation, dim=dim, first=config.num_networks
+            )
         self.shared_experts: FeedForward | None = None
         if config.num_shared_experts:
             width = config.num_shared_experts * config.expert_width
@@ -251,16 +287,18 @@ class MoELayer(SparseLayer):
     def forward(self, x_TD: Tensor, context: MoEContext) -> tuple[Tensor, MoEOutput]:
         """Return y_TD, without the residual, and the layer's losses and statistics."""
         routing = self.router(x_TD, context)
-        served = routing
+        sent = served = self.zero_computation.without(routing) if self.zero_computation else routing
         if self.config.capacity is not None:
-            served = apply_capacity(routing, self.config.capacity, context)
+            served = apply_capacity(sent, self.config.capacity, context)
         rows, counts_e, handle = self.dispatcher.dispatch(x_TD, served)
         y_ND = self.experts(rows, counts_e)
         y_TD = self.dispatcher.combine(y_ND, handle)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        num_served = (served.expert_ids_TK >= 0).sum()
-        return y_TD, MoEOutput(self.losses(routing, context), measure(routing, num_served, context))
+        if self.zero_computation is not None:
+            y_TD = y_TD + self.zero_computation(x_TD, routing)
+        dropped = (sent.expert_ids_TK >= 0).sum() - (served.expert_ids_TK >= 0).sum()
+        return y_TD, MoEOutput(self.losses(routing, context), measure(routing, dropped, context))
 
     def losses(self, routing: Routing, context: MoEContext) -> dict[str, Tensor]:
         """Return the auxiliary losses that have a weight; none outside training."""
@@ -288,12 +326,16 @@ class MoELayer(SparseLayer):
     @property
     def wide_modules(self) -> list[nn.Module]:
         """What computes in float32 at least, whatever the precision of the model."""
-        return [self.router.gate] if any(True for _ in self.router.gate.parameters()) else []
+        return self.router.wide_modules
 
     def end_step(
         self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
     ) -> None:
         """Let the router adapt to a training step."""
+        zero = self.config.zero_computation
+        if zero is not None:
+            k = self.config.used_router.nominal_k(self.config.experts)
+            counts_E = zero.relative_load(counts_E, k)
         self.router.end_step(counts_E, num_tokens, means)
 
     def _global_counts(self, routing: Routing, context: MoEContext) -> Tensor:

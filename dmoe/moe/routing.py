@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.base import ConfigError
+from dmoe.rng import stream_key
 
 Samples = int | Literal["mean"]
 """Experts drawn from a continuous space for each token; "mean" for the one at the mean of z."""
@@ -65,6 +66,17 @@ class Replay:
             with torch.no_grad():
                 self._decisions[key] = decide()
         return self._decisions[key]
+
+
+class Inside(Replay):
+    """The decisions of a router that is within another one, kept under names of their own."""
+
+    def __init__(self, outer: Replay, name: str) -> None:
+        self._outer, self._name = outer, name
+
+    def __call__(self, layer: int, name: str, decide: Callable[[], Tensor]) -> Tensor:
+        """Return the decision, made by `decide` the first time."""
+        return self._outer(layer, f"{self._name}/{name}", decide)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,34 @@ class MoEContext:
     def at_layer(self, layer: int) -> "MoEContext":
         """Return the context of one layer."""
         return replace(self, layer=layer)
+
+    def inside(self, name: str, rows_R: Tensor | None = None) -> "MoEContext":
+        """Return the context of a router within this one, for all tokens or for rows of them.
+
+        Its decisions and its noise are its own. How many experts a token has is its own affair.
+
+        Args:
+            name: no other router has it.
+            rows_R: (R,) int64 tokens that it sees, none of them padding; None for all.
+        """
+        inner = replace(
+            self,
+            replay=Inside(self.replay, name),
+            seed=stream_key(self.seed, "nested", name),
+            k_L=None,
+            k_ideal=None,
+            gate_threshold=0.0,
+        )
+        if rows_R is None:
+            return inner
+        token_ids_T, vocab_ids_T = self.token_ids_T, self.vocab_ids_T
+        return replace(
+            inner,
+            seq_len=max(1, len(rows_R)),
+            valid_T=None,
+            token_ids_T=None if token_ids_T is None else token_ids_T[rows_R],
+            vocab_ids_T=None if vocab_ids_T is None else vocab_ids_T[rows_R],
+        )
 
     def decide(self, name: str, decide: Callable[[], Tensor]) -> Tensor:
         """Return this layer's decision of that name, the same one under recomputation."""

@@ -37,11 +37,10 @@ class MoEOutput(NamedTuple):
 
 
 @torch.no_grad()
-def measure(routing: Routing, num_served: Tensor, context: MoEContext) -> MoEStats:
-    """Sum up a routing, of whose slots `num_served`, (), reached their expert."""
+def measure(routing: Routing, dropped: Tensor, context: MoEContext) -> MoEStats:
+    """Sum up a routing, of whose slots `dropped`, (), found no capacity."""
     scores_TE = routing.scores_TE.detach()
     entropy_T = torch.special.entr(scores_TE).sum(-1) / math.log(max(2, scores_TE.shape[1]))
     if context.valid_T is not None:
         entropy_T = entropy_T * context.valid_T
-    dropped = routing.counts_E.sum() - num_served
     return MoEStats(routing.counts_E, dropped, {"entropy": entropy_T.sum(), **routing.sums})

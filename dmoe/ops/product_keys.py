@@ -16,9 +16,9 @@ def top_k_pairs(first_Rn: Tensor, second_Rn: Tensor, k: int) -> Tensor:
     Ties go to the lowest id. k is at most n.
     """
     num = first_Rn.shape[1]
-    i_Rk, j_Rk = top_k_ids(first_Rn, k), top_k_ids(second_Rn, k)
-    # In the order of their ids, so that the lowest of equals comes first.
-    ids_RC = (i_Rk[:, :, None] * num + j_Rk[:, None, :]).flatten(1).sort(dim=1).values
+    # In the order of their ids, as the pairs are then too: the lowest of equals comes first.
+    i_Rk, j_Rk = (top_k_ids(scores, k).sort(dim=1).values for scores in (first_Rn, second_Rn))
+    ids_RC = (i_Rk[:, :, None] * num + j_Rk[:, None, :]).flatten(1)
     sums_RC = scores_of_pairs(first_Rn, second_Rn, ids_RC)
     return ids_RC.gather(1, top_k_ids(sums_RC, k))
 

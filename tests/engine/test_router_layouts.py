@@ -37,6 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "base_layer": {"router": {"name": "base_layer", "group": "micro_batch"}},
     "sinkhorn": {"router": {"name": "sinkhorn"}},
     "hash": {"router": {"name": "hash"}},
+    "nested": {
+        "router": {
+            "name": "nested",
+            "groups": 4,
+            "outer": {"name": "sparse_mixer", "jitter": 0.3},
+            "inner": {"name": "relu", "target_k": 1, "penalty": 0.1},
+        },
+        "zero_computation": {"zeros": 4, "constants": 4},
+    },
     "peer": {
         "num_experts": 64,
         "expert_ffn_dim": 1,

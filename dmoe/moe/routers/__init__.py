@@ -8,6 +8,7 @@ from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThres
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
 from dmoe.moe.routers.hash import HashConfig, HashRouter
 from dmoe.moe.routers.hierarchical import HierarchicalConfig, HierarchicalRouter
+from dmoe.moe.routers.nested import NestedConfig, NestedRouter
 from dmoe.moe.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
@@ -31,6 +32,7 @@ ROUTERS = (
     SinkhornConfig,
     HashConfig,
     ExpertChoiceConfig,
+    NestedConfig,
     PeerConfig,
     ForcedBalanceConfig,
 )
@@ -52,6 +54,8 @@ __all__ = [
     "HashRouter",
     "HierarchicalConfig",
     "HierarchicalRouter",
+    "NestedConfig",
+    "NestedRouter",
     "NoisyTopKConfig",
     "NoisyTopKRouter",
     "PeerConfig",

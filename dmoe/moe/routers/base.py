@@ -116,6 +116,12 @@ class Router(nn.Module):
     """Its parameters start as those of the model do, at zero where the module that holds them has
     `starts_at_zero`."""
 
+    @property
+    def wide_modules(self) -> list[nn.Module]:
+        """What computes in float32 at least, whatever the precision of the model."""
+        has_any = next(self.gate.parameters(), None) is not None
+        return [self.gate] if has_any else []
+
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         raise NotImplementedError

@@ -29,6 +29,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "base_layer": {"name": "base_layer"},
     "sinkhorn": {"name": "sinkhorn"},
     "hash": {"name": "hash", "top_k": 2},
+    "nested": {
+        "name": "nested",
+        "groups": 4,
+        "outer": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
+        "inner": {"name": "top_p", "p": 0.6},
+    },
     "forced_balance": {"name": "forced_balance", "top_k": 2},
 }
 """By a name of its own each, `model.moe.router`."""

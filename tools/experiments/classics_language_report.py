@@ -1,0 +1,134 @@
+"""Writes the page of `classics_language.py` from its runs."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+TEXT = """\
+# Balancing and choosing experts, on language
+
+<!-- Written by tools/experiments/classics_language.py: do not edit. -->
+
+Bytes of {domains}. A micro-batch is of one domain, and a global batch has one of each. The model
+has 3 layers of width 64, each with experts; {steps} steps of {tokens:,} bytes. The tables have mean
+and standard deviation over {seeds} seeds. The loss is in nats a byte, on text that no run has seen,
+mean of the domains. All runs are small: what holds here need not hold for larger models.
+
+## Ways to balance
+
+16 experts, of which a token uses 2. The maximal violation is the load of the fullest expert over
+the mean, minus 1, in the last fifth of the steps, mean over layers. The mutual information is that
+between the domain of a token and its expert, in bits, on held-out text, mean over layers: 0 if
+experts do not care for domains.
+
+{balance}
+
+{balance_found}
+
+## Ways to choose, at equal active parameters
+
+The experts of a token have 128 gated neurons of 1,024 in each layer, or 192 plain ones of 1,521
+with PEER, which has queries beside them. ReMoE starts with half of its experts, and so costs more
+at first. Seconds are CPU time of one thread, of the steps alone. The last column is the held-out
+loss when an arm had trained as long as the fastest one needed for all its steps, interpolated
+between measurements.
+
+{choice}
+
+{choice_found}
+"""
+
+
+def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: list[str]) -> None:
+    """Write the page."""
+    first = rows[0]
+    by_arm = {(row["experiment"], row["arm"]): [] for row in rows}
+    for row in rows:
+        by_arm[row["experiment"], row["arm"]].append(row)
+    balances = {arm: by_arm["balance", arm] for arm in balance if ("balance", arm) in by_arm}
+    choices = {arm: by_arm["choice", arm] for arm in choice if ("choice", arm) in by_arm}
+    limit = min(_mean(runs, _seconds) for runs in choices.values())
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(
+        TEXT.format(
+            domains=", ".join(first["domains"]),
+            steps=first["steps"],
+            tokens=128 * 4 * len(first["domains"]),
+            seeds=len({row["seed"] for row in rows}),
+            balance=_table(
+                {
+                    "loss": (_loss, 4),
+                    "maximal violation": (lambda row: row["max_violation"], 2),
+                    "mutual information": (lambda row: row["mutual_information"], 3),
+                },
+                balances,
+            ),
+            choice=_table(
+                {
+                    "loss": (_loss, 4),
+                    "experts a token": (lambda row: row["mean_k"], 2),
+                    "active parameters": (lambda row: row["active_params"], 0),
+                    "all parameters": (lambda row: row["total_params"], 0),
+                    "seconds": (_seconds, 1),
+                    f"loss after {limit:.0f} s": (lambda row: loss_after(row, limit), 4),
+                },
+                choices,
+            ),
+            balance_found=_ranking(balances, "max_violation"),
+            choice_found=_ranking(choices, "loss"),
+        )
+    )
+
+
+def loss_after(row: Json, seconds: float) -> float:
+    """Return the loss at a time, on the line between the measurements around it."""
+    curve = row["curve"]
+    for before, after in pairwise(curve):
+        if seconds <= after["seconds"]:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["loss"] + max(0.0, share) * (after["loss"] - before["loss"])
+    return curve[-1]["loss"]
+
+
+def _loss(row: Json) -> float:
+    return row["curve"][-1]["loss"]
+
+
+def _seconds(row: Json) -> float:
+    return row["curve"][-1]["seconds"]
+
+
+def _mean(runs: Sequence[Json], value: Callable[[Json], float]) -> float:
+    return statistics.fmean(value(run) for run in runs)
+
+
+def _table(
+    columns: dict[str, tuple[Callable[[Json], float], int]], arms: dict[str, list[Json]]
+) -> str:
+    lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for arm, runs in arms.items():
+        cells = []
+        for value, digits in columns.values():
+            values = [value(run) for run in runs]
+            text = f"{statistics.fmean(values):,.{digits}f}"
+            if digits and len(values) > 1:
+                text += f" ± {statistics.stdev(values):.{digits}f}"
+            cells.append(text)
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ranking(arms: dict[str, list[Json]], key: str) -> str:
+    """Say the order of the arms, and whether the first is apart from the second."""
+    value = _loss if key == "loss" else lambda row: row[key]
+    order = sorted(arms, key=lambda arm: _mean(arms[arm], value))
+    best, second = (sorted(value(run) for run in arms[arm]) for arm in order[:2])
+    apart = "the seeds of the first two overlap, so their order says nothing"
+    if best[-1] < second[0]:
+        apart = "every seed of the first is below every seed of the second"
+    name = "loss" if key == "loss" else "maximal violation"
+    return f"By {name}, lowest first: {', '.join(order)}; {apart}."
