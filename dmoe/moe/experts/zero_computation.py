@@ -96,10 +96,11 @@ class ZeroComputationExperts(nn.Module):
     def __init__(self, config: ZeroComputationConfig, *, dim: int, first: int):
         super().__init__()
         self.config, self.first = config, first
-        self.constants_CD = nn.Parameter(torch.empty(config.constants, dim))
-        # For a layer that is used alone; a model draws its weights from its own seed.
-        nn.init.normal_(self.constants_CD, std=0.02)
-        self.mix = Linear(dim, 2 * config.constants, bias=False)
+        if config.constants:
+            self.constants_CD = nn.Parameter(torch.empty(config.constants, dim))
+            # For a layer that is used alone; a model draws its weights from its own seed.
+            nn.init.normal_(self.constants_CD, std=0.02)
+            self.mix = Linear(dim, 2 * config.constants, bias=False)
 
     def without(self, routing: Routing) -> Routing:
         """Return the routing to the networks alone."""
@@ -118,8 +119,10 @@ class ZeroComputationExperts(nn.Module):
         gates_TZ = routing.weights_TK.new_zeros(len(x_TD), 1 + config.num)
         gates_TZ = gates_TZ.scatter_add(1, place_TK, routing.weights_TK)[:, 1 + config.zeros :]
         copies_TZ, constants_TC = gates_TZ.split([config.copies, config.constants], dim=1)
-        mix_T2C = self.mix(x_TD).to(gates_TZ.dtype).view(len(x_TD), 2, config.constants).softmax(1)
-        of_x_TC, of_constant_TC = (mix_T2C * constants_TC[:, None]).unbind(1)
-        of_x_T1 = copies_TZ.sum(1, keepdim=True) + of_x_TC.sum(1, keepdim=True)
-        y_TD = of_x_T1 * x_TD + of_constant_TC @ self.constants_CD.to(gates_TZ.dtype)
+        y_TD = copies_TZ.sum(1, keepdim=True) * x_TD
+        if config.constants:
+            mix_T2C = self.mix(x_TD).to(gates_TZ.dtype).unflatten(1, (2, -1)).softmax(1)
+            of_x_TC, of_constant_TC = (mix_T2C * constants_TC[:, None]).unbind(1)
+            y_TD = y_TD + of_x_TC.sum(1, keepdim=True) * x_TD
+            y_TD = y_TD + of_constant_TC @ self.constants_CD.to(gates_TZ.dtype)
         return y_TD.to(x_TD.dtype)

@@ -136,12 +136,13 @@ def test_routers_of_both_levels_adapt_to_their_own_tokens() -> None:
     bias = {"name": "top_k", "top_k": 1, "normalize": False, "bias_update_rate": 0.5}
     inner = {"name": "expert_threshold", "target_k": 1, "decay": 0.0}
     router = build({"name": "nested", "groups": 2, "outer": bias, "inner": inner}).router
-    x_TD = tokens()
-    routing = router(x_TD, fresh())
-    outer = router.outer(x_TD, fresh().inside("outer"))
+    x_TD, num = tokens()[1:], TOKENS - 1
+    context = {"seq_len": num, "token_ids_T": CONTEXT.token_ids_T[1:]}
+    routing = router(x_TD, fresh(**context))
+    outer = router.outer(x_TD, fresh(**context).inside("outer"))
     assert outer.counts_E[0] != outer.counts_E[1]
-    means = {name: value / TOKENS for name, value in routing.sums.items() if value.ndim}
-    router.end_step(routing.counts_E, TOKENS, means)
+    means = {name: value / num for name, value in routing.sums.items() if value.ndim}
+    router.end_step(routing.counts_E, num, means)
     sign = torch.sign(outer.counts_E.double().mean() - outer.counts_E)
     assert torch.equal(router.outer.expert_bias_E, 0.5 * sign)
     for group, module in enumerate(router.inner):
