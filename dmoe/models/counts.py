@@ -110,6 +110,8 @@ def flops_per_token(
     if config.tie_embeddings:
         matrices += config.vocab_size * config.dim
     attention = 4 * config.num_layers * config.num_heads * config.width_of_head * seq_len
+    if k is None and config.moe is not None:
+        k = config.moe.mean_passes(len(config.moe_layers), seq_len)
     forward = 2 * (matrices - _inactive(config, experts, k)) + attention
     return 3 * forward if training else forward
 
@@ -162,7 +164,7 @@ def activations(
     kept, again = 2 * config.dim, 0  # The input of the last norm and that of the output matrix.
     for layer in range(config.num_layers):
         attention = _attention_width(config) + (seq_len if masked else 0)
-        feed_forward = _feed_forward_width(config, layer, exchanged=exchanged)
+        feed_forward = _feed_forward_width(config, layer, seq_len, exchanged=exchanged)
         if recompute == "full":
             kept += config.dim
             again = max(again, attention + feed_forward)
@@ -191,7 +193,7 @@ def _attention_width(config: ModelConfig) -> int:
     return width + (projected if not grouped or config.qk_norm != "none" else 0)
 
 
-def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> int:
+def _feed_forward_width(config: ModelConfig, layer: int, seq_len: int, *, exchanged: bool) -> int:
     """Return the numbers a token keeps in the feed-forward part of a layer and its norm."""
     norm = 2 * config.dim
     gated = config.activation == "swiglu"
@@ -213,7 +215,7 @@ def _feed_forward_width(config: ModelConfig, layer: int, *, exchanged: bool) -> 
     if not moe.is_grouped:
         return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.
-    k = moe.elastic.k_max if moe.elastic else moe.used_router.nominal_k(moe.experts)
+    k = moe.elastic.k_max if moe.elastic else moe.used_router.passes(moe.experts, seq_len)
     k = moe.networks_of(k)
     routed = k * (2 if gated else 1) * moe.expert_width
     arrived = k * config.dim if exchanged else 0

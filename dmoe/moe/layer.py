@@ -229,6 +229,12 @@ class MoEConfig(ConfigModel):
             return self.elastic.mean_k(num_layers)
         return self.used_router.nominal_k(self.experts)
 
+    def mean_passes(self, num_layers: int, seq_len: int) -> float:
+        """Return how often a row goes through an expert in training, per token and MoE layer."""
+        if self.elastic is not None:
+            return self.elastic.mean_k(num_layers)
+        return self.used_router.passes(self.experts, seq_len)
+
     def build(
         self, *, dim: int, activation: Activation, dims: ParallelDims | None = None
     ) -> SparseLayer:

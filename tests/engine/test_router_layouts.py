@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "zero_computation": {"zeros": 4, "constants": 4},
     },
+    "soft_moe": {"router": {"name": "soft_moe", "slots": 2}},
     "peer": {
         "num_experts": 64,
         "expert_ffn_dim": 1,

@@ -31,10 +31,10 @@ from dmoe.models.decoder import lm_loss
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 
-STEPS, LR, WARMUP = 150, 4e-3, 15
+STEPS, LR, WARMUP = 100, 4e-3, 10
 SEQ_LEN, SEQUENCES, PER_DOMAIN = 128, 4, 1
 """Tokens of a sequence, sequences of a micro-batch, micro-batches of a domain in a step."""
-EVAL_EVERY, EVAL_BATCHES = 30, 6
+EVAL_EVERY, EVAL_BATCHES = 25, 4
 """Steps between measurements, and micro-batches of each domain in one."""
 SEEDS = (0, 1, 2)
 HELD_OUT = 0.1

@@ -51,7 +51,7 @@ class ZeroComputationConfig(ConfigModel):
         Raises:
             ConfigError: it does not; the key is one of `model.moe`.
         """
-        if moe.infinite is not None or not moe.router.is_grouped:
+        if moe.infinite is not None or moe.router.stands_for_layer:
             kind = "infinite" if moe.infinite is not None else f"router.name = {moe.router.name}"
             raise ConfigError(
                 f"zero_computation stands beside experts that tokens are sent to, which {kind} has "

@@ -14,6 +14,7 @@ from dmoe.moe.routers.product_key import PeerConfig
 from dmoe.moe.routers.relu import ReluConfig, ReluRouter
 from dmoe.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from dmoe.moe.routers.soft_gate import SoftGateConfig, SoftGateRouter
+from dmoe.moe.routers.soft_slots import SoftMoEConfig
 from dmoe.moe.routers.sparse_mixer import SparseMixerConfig, SparseMixerRouter
 from dmoe.moe.routers.top_k import TopKConfig, TopKRouter
 from dmoe.moe.routers.top_p import TopPConfig, TopPRouter
@@ -33,6 +34,7 @@ ROUTERS = (
     HashConfig,
     ExpertChoiceConfig,
     NestedConfig,
+    SoftMoEConfig,
     PeerConfig,
     ForcedBalanceConfig,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "SinkhornRouter",
     "SoftGateConfig",
     "SoftGateRouter",
+    "SoftMoEConfig",
     "SparseMixerConfig",
     "SparseMixerRouter",
     "TopKConfig",

@@ -72,6 +72,15 @@ class RouterSection(ConfigModel):
         """Return the weights of the losses that are the router's own (`Routing.losses`)."""
         return {}
 
+    def passes(self, num_experts: int, seq_len: int) -> float:
+        """Return how often a row goes through an expert, per token, in sequences of `seq_len`."""
+        return self.nominal_k(num_experts)
+
+    @property
+    def stands_for_layer(self) -> bool:
+        """Whether the section builds a whole layer, not a router of a `MoELayer`."""
+        return type(self).build_layer is not RouterSection.build_layer
+
     def num_shards(self, num_experts: int) -> int:
         """Return into how many equal parts expert parallelism may divide the experts."""
         return num_experts

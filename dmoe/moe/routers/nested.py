@@ -61,7 +61,7 @@ class NestedConfig(RouterSection):
             )
         for level, num in (("outer", self.groups), ("inner", moe.experts // self.groups)):
             section: RouterSection = getattr(self, level)
-            if not section.is_grouped:
+            if section.stands_for_layer:
                 raise ConfigError(
                     f"router.{level}.name = {section.name} is a layer of its own kind: choose a "
                     f"router that sends tokens to experts",

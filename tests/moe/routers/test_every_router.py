@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmoe.config.choices import names_of
 from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer, MoEOutput, Routing, routers
+from dmoe.moe.routers import RouterSection
 
 SEQ_LEN, SEQUENCES, DIM = 6, 4, 8
 TOKENS = SEQ_LEN * SEQUENCES
@@ -28,7 +29,9 @@ INFERENCE = dataclasses.replace(CONTEXT, totals=None)
 PADDING = torch.tensor([SEQ_LEN - 1, *range(SEQ_LEN, 2 * SEQ_LEN), TOKENS - 1])
 
 # Without those that stand for a layer of another kind.
-SECTIONS = [section for section in routers.ROUTERS if section.is_grouped]
+SECTIONS = [
+    section for section in routers.ROUTERS if section.build_layer is RouterSection.build_layer
+]
 every_router = pytest.mark.parametrize("name", ROUTERS)
 both_modes = pytest.mark.parametrize("context", [CONTEXT, INFERENCE], ids=["train", "infer"])
 
