@@ -12,7 +12,6 @@ Shape letters: L MoE layers, E experts, M domains.
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,13 +198,13 @@ def mutual_information(counts_MLE: np.ndarray) -> float:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    data: Annotated[Sequence[str], typer.Option(help="NAME=FILE of a domain; repeat.")] = (),
+    data: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a domain; repeat.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = STEPS,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = len(SEEDS),
 ) -> None:
     """Train all arms, one seed after the other."""
     torch.set_num_threads(1)
-    paths = dict(item.split("=", 1) for item in data) | {"stdlib": BUILTIN_STDLIB}
+    paths = dict(item.split("=", 1) for item in data or ()) | {"stdlib": BUILTIN_STDLIB}
     domains = Domains(paths, SEQ_LEN)
     out.mkdir(parents=True, exist_ok=True)
     results = out / "runs.jsonl"
