@@ -30,8 +30,8 @@ from dmoe.models.decoder import lm_loss
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 
-STEPS, LR, WARMUP = 100, 4e-3, 10
-SEQ_LEN, SEQUENCES, PER_DOMAIN = 128, 4, 1
+STEPS, LR, WARMUP = 100, 8e-3, 10
+SEQ_LEN, SEQUENCES, PER_DOMAIN = 64, 4, 1
 """Tokens of a sequence, sequences of a micro-batch, micro-batches of a domain in a step."""
 EVAL_EVERY, EVAL_BATCHES = 25, 4
 """Steps between measurements, and micro-batches of each domain in one."""
@@ -40,7 +40,7 @@ HELD_OUT = 0.1
 """The last share of a domain, which no step sees."""
 MAX_BYTES = 1_200_000
 
-SIZES = {"vocab_size": 257, "dim": 64, "num_layers": 3, "num_heads": 4, "ffn_dim": 128}
+SIZES = {"vocab_size": 257, "dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 128}
 SIXTEEN = {"num_experts": 16, "expert_ffn_dim": 64, "router": {"name": "top_k", "top_k": 2}}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "balance": {

@@ -14,7 +14,7 @@ TEXT = """\
 <!-- Written by tools/experiments/classics_language.py: do not edit. -->
 
 Bytes of {domains}. A micro-batch is of one domain, and a global batch has one of each. The model
-has 3 layers of width 64, each with experts; {steps} steps of {tokens:,} bytes. The tables have mean
+has 2 layers of width 64, each with experts; {steps} steps of {tokens:,} bytes. The tables have mean
 and standard deviation over {seeds} seeds. The loss is in nats a byte, on text that no run has seen,
 mean of the domains. All runs are small: what holds here need not hold for larger models.
 
@@ -57,7 +57,7 @@ def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: l
         TEXT.format(
             domains=", ".join(first["domains"]),
             steps=first["steps"],
-            tokens=128 * 4 * len(first["domains"]),
+            tokens=64 * 4 * len(first["domains"]),
             seeds=len({row["seed"] for row in rows}),
             balance=_table(
                 {
