@@ -88,11 +88,10 @@ class MoEConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _k_within_experts(self) -> "MoEConfig":
-        if self.infinite is not None:
-            return self
         if self.zero_computation is not None:
             self.zero_computation.check(self)
-        self.check_router()
+        if self.infinite is None:
+            self.check_router()
         return self
 
     def check_router(self) -> None:

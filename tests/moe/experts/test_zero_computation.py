@@ -137,6 +137,10 @@ def test_a_token_counts_for_the_networks_it_has() -> None:
             "target_k = 3 is not below the 3 experts of a token",
         ),
         (
+            {"infinite": {"ffn_dim": 64, "granularity": "block", "block_size": 8}},
+            "zero_computation stands beside experts that tokens are sent to, which infinite",
+        ),
+        (
             {"num_experts": 16, "expert_ffn_dim": 1, "router": {"name": "peer", "top_k": 2}},
             "zero_computation stands beside experts that tokens are sent to",
         ),
