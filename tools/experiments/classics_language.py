@@ -201,6 +201,7 @@ def train(
     data: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a domain; repeat.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = STEPS,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = len(SEEDS),
+    only: Annotated[str | None, typer.Option(help='"balance" or "choice"; else both.')] = None,
 ) -> None:
     """Train all arms, one seed after the other."""
     torch.set_num_threads(1)
@@ -213,7 +214,7 @@ def train(
     for seed in SEEDS[:seeds]:
         for experiment, arms in ARMS.items():
             for arm in arms:
-                if (experiment, arm, seed) in done:
+                if (experiment, arm, seed) in done or only not in (None, experiment):
                     continue
                 row = run(experiment, arm, seed, domains, steps) | {"steps": steps}
                 with results.open("a") as file:

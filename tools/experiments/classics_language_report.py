@@ -14,10 +14,12 @@ TEXT = """\
 <!-- Written by tools/experiments/classics_language.py: do not edit. -->
 
 Bytes of {domains}. A micro-batch is of one domain, and a global batch has one of each. The model
-has 2 layers of width 64, each with experts; {steps} steps of {tokens:,} bytes. The tables have mean
-and standard deviation over {seeds} seeds. The loss is in nats a byte, on text that no run has seen,
+has 2 layers of width 64, each with experts; {steps} steps of {tokens:,} bytes. The tables have the
+mean and standard deviation over the seeds. The loss is in nats a byte, on text no run has seen, the
 mean of the domains. All runs are small: what holds here need not hold for larger models.
+"""
 
+BALANCE = """
 ## Ways to balance
 
 16 experts, of which a token uses 2. The maximal violation is the load of the fullest expert over
@@ -28,7 +30,9 @@ experts do not care for domains.
 {balance}
 
 {balance_found}
+"""
 
+CHOICE = """
 ## Ways to choose, at equal active parameters
 
 The experts of a token have 128 gated neurons of 1,024 in each layer, or 192 plain ones of 1,521
@@ -49,39 +53,35 @@ def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: l
     by_arm = {(row["experiment"], row["arm"]): [] for row in rows}
     for row in rows:
         by_arm[row["experiment"], row["arm"]].append(row)
-    balances = {arm: by_arm["balance", arm] for arm in balance if ("balance", arm) in by_arm}
-    choices = {arm: by_arm["choice", arm] for arm in choice if ("choice", arm) in by_arm}
-    limit = min(_mean(runs, _seconds) for runs in choices.values())
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        TEXT.format(
-            domains=", ".join(first["domains"]),
-            steps=first["steps"],
-            tokens=64 * 4 * len(first["domains"]),
-            seeds=len({row["seed"] for row in rows}),
-            balance=_table(
-                {
-                    "loss": (_loss, 4),
-                    "maximal violation": (lambda row: row["max_violation"], 2),
-                    "mutual information": (lambda row: row["mutual_information"], 3),
-                },
-                balances,
-            ),
-            choice=_table(
-                {
-                    "loss": (_loss, 4),
-                    "experts a token": (lambda row: row["mean_k"], 2),
-                    "active parameters": (lambda row: row["active_params"], 0),
-                    "all parameters": (lambda row: row["total_params"], 0),
-                    "seconds": (_seconds, 1),
-                    f"loss after {limit:.0f} s": (lambda row: loss_after(row, limit), 4),
-                },
-                choices,
-            ),
-            balance_found=_ranking(balances, "max_violation"),
-            choice_found=_ranking(choices, "loss"),
-        )
+    text = TEXT.format(
+        domains=", ".join(first["domains"]),
+        steps=first["steps"],
+        tokens=64 * 4 * len(first["domains"]),
     )
+    balances = {arm: by_arm["balance", arm] for arm in balance if ("balance", arm) in by_arm}
+    if balances:
+        columns = {
+            "loss": (_loss, 4),
+            "maximal violation": (lambda row: row["max_violation"], 2),
+            "mutual information": (lambda row: row["mutual_information"], 3),
+        }
+        found = "\n\n".join(_ranking(balances, key) for key in ("loss", "max_violation"))
+        text += BALANCE.format(balance=_table(columns, balances), balance_found=found)
+    choices = {arm: by_arm["choice", arm] for arm in choice if ("choice", arm) in by_arm}
+    if choices:
+        limit = min(_mean(runs, _seconds) for runs in choices.values())
+        columns = {
+            "loss": (_loss, 4),
+            "experts a token": (lambda row: row["mean_k"], 2),
+            "active parameters": (lambda row: row["active_params"], 0),
+            "all parameters": (lambda row: row["total_params"], 0),
+            "seconds": (_seconds, 1),
+            f"loss after {limit:.0f} s": (lambda row: loss_after(row, limit), 4),
+        }
+        found = _ranking(choices, "loss")
+        text += CHOICE.format(choice=_table(columns, choices), choice_found=found)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
 
 
 def loss_after(row: Json, seconds: float) -> float:
@@ -109,7 +109,8 @@ def _mean(runs: Sequence[Json], value: Callable[[Json], float]) -> float:
 def _table(
     columns: dict[str, tuple[Callable[[Json], float], int]], arms: dict[str, list[Json]]
 ) -> str:
-    lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines = ["| arm | seeds | " + " | ".join(columns) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(columns))
     for arm, runs in arms.items():
         cells = []
         for value, digits in columns.values():
@@ -118,7 +119,7 @@ def _table(
             if digits and len(values) > 1:
                 text += f" ± {statistics.stdev(values):.{digits}f}"
             cells.append(text)
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
