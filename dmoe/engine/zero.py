@@ -180,13 +180,10 @@ class _DenseAdamW(torch.optim.AdamW):
 
 
 def _parameters_for_deepspeed(model: DecoderLM) -> list[str]:
-    """Return the names of the dense parameters that are cast to the compute dtype."""
-    wide = {id(p) for layer in model.moe_layers for m in layer.wide_modules for p in m.parameters()}
-    # The gradient of a frequent token's embedding is a sum that bfloat16 cannot hold.
-    for embedding in (model.embed, model.positions):
-        wide |= {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    """Return the names of the dense parameters that may be cast to the compute dtype."""
+    wide = model.wide_parameters
     return [
-        name for name, p in model.named_parameters() if not is_expert(name) and id(p) not in wide
+        name for name, _ in model.named_parameters() if name not in wide and not is_expert(name)
     ]
 
 

@@ -85,7 +85,7 @@ def expert_costs(config: ModelConfig, k_max: int) -> Costs:
 def flop_costs(config: ModelConfig, k_max: int, *, seq_len: int) -> Costs:
     """Count the forward FLOPs of a token, as `flops_per_token` does, in a sequence of `seq_len`."""
     experts: dict[int, int] = {}
-    for layer, kind, shape in parameters(config):
+    for layer, kind, shape, _ in parameters(config):
         if layer is not None and kind == "experts":
             experts[layer] = experts.get(layer, 0) + shape.numel()
     assert config.moe is not None

@@ -42,20 +42,24 @@ class ParameterInfo(NamedTuple):
     experts "space", its directions, and where it is not divided into experts "neurons" and
     "deeper_neurons"."""
     shape: torch.Size
+    is_wide: bool = False
+    """Whether it stays in float32 when others are cast, `DecoderLM.wide_parameters`."""
 
 
 def parameters(config: ModelConfig) -> Iterator[ParameterInfo]:
     """Yield every parameter once, as of one process; a tied output matrix is the embedding."""
-    for name, parameter in build_model(config, device="meta").named_parameters():
+    model = build_model(config, device="meta")
+    wide = model.wide_parameters
+    for name, parameter in model.named_parameters():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         kind = next(kind for part, kind in _KINDS.items() if part in name)
-        yield ParameterInfo(layer, kind, parameter.shape)
+        yield ParameterInfo(layer, kind, parameter.shape, name in wide)
 
 
 def params_by_kind(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters of each kind that the model has."""
     counts: dict[str, int] = {}
-    for _, kind, shape in parameters(config):
+    for _, kind, shape, _ in parameters(config):
         counts[kind] = counts.get(kind, 0) + shape.numel()
     return counts
 
@@ -98,7 +102,7 @@ def flops_per_token(
         k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
     matrices = experts = 0
-    for _, kind, shape in parameters(config):
+    for _, kind, shape, _ in parameters(config):
         if len(shape) > 1 and kind != "embedding":
             matrices += shape.numel()
             experts += shape.numel() if kind == "experts" else 0

@@ -262,6 +262,17 @@ class DecoderLM(nn.Module):
         return [block.moe for block in self.blocks if block.moe is not None]
 
     @property
+    def wide_parameters(self) -> set[str]:
+        """The names of those that stay in float32 at least when weights are cast.
+
+        A gate decides; and the gradient of a frequent token's embedding is a long sum.
+        """
+        modules = [module for layer in self.moe_layers for module in layer.wide_modules]
+        modules += [table for table in (self.embed, self.positions) if table is not None]
+        wide = {id(parameter) for module in modules for parameter in module.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in wide}
+
+    @property
     def blocks(self) -> list[Block]:
         """The layers, first layer first."""
         return cast(list[Block], list(self.layers))

@@ -12,7 +12,8 @@ from dmoe.engine import NativeEngine
 from dmoe.parallel import ParallelDims
 from dmoe.testing import run_distributed
 from dmoe.trainer.config import Config
-from dmoe.trainer.estimate import Memory, estimate
+from dmoe.trainer.estimate import estimate
+from dmoe.trainer.memory import Memory
 
 PRESETS = Path(__file__).parents[2] / "configs"
 BILLION = 1e9
