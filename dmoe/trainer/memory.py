@@ -99,12 +99,13 @@ def _deepspeed_buffers(config: Config, given: list["_Weight"]) -> _Buffers:
         live = int(settings["zero_optimization"].get("stage3_max_live_parameters", 10**9))
         return _Buffers(size * (share + min(whole, live)), 4 * bucket, size * bucket)
     in_buckets = size * bucket + (4 * bucket if size < 4 else 0)
-    if engine.zero_stage == 1:
-        # All gradients stay until the last micro-batch; in bfloat16, where the optimizer is another
-        # one, float32 sums of all of them for good.
-        lasting = 4 * (whole - share) if engine.precision == "bf16" else 0
-        return _Buffers(size * whole, lasting, in_buckets + size * whole)
-    return _Buffers(size * whole, 0, in_buckets)
+    if engine.zero_stage == 2:
+        return _Buffers(size * whole, 0, in_buckets)
+    # Stage 1 keeps all gradients until the last micro-batch; the optimizer that bfloat16 has there
+    # keeps their float32 sums for good, and the gradients themselves beside them.
+    if engine.precision == "bf16":
+        return _Buffers(size * whole, 4 * (whole - share) + size * whole, in_buckets)
+    return _Buffers(size * whole, 0, in_buckets + size * whole)
 
 
 class _Weight(NamedTuple):

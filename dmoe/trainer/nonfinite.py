@@ -32,7 +32,18 @@ def find_non_finite(engine: Engine, batches: Sequence[MicroBatch], position: Ste
 
         return hook
 
+    bad_gradients: set[str] = set()
+
+    def look(name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            if not _is_finite(gradient):
+                bad_gradients.add(name)
+
+        return hook
+
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
+    # DeepSpeed takes gradients away as soon as they are made; FSDP makes those of shards itself.
+    hooks += [p.register_hook(look(name)) for name, p in model.named_parameters()]
     try:
         engine.skip()
         engine.forward_backward(batches, position)
@@ -44,13 +55,9 @@ def find_non_finite(engine: Engine, batches: Sequence[MicroBatch], position: Ste
     if bad_outputs:
         return f"the output of {bad_outputs[0]} was the first that is not finite"
     # Backward visits the layers from the last to the first.
-    bad_gradients = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is not None and not _is_finite(p.grad)
-    ]
-    if bad_gradients:
-        return f"the forward pass is finite; the gradient of {bad_gradients[-1]} is not"
+    for name, p in reversed(list(model.named_parameters())):
+        if name in bad_gradients or (p.grad is not None and not _is_finite(p.grad)):
+            return f"the forward pass is finite; the gradient of {name} is not"
     return "every number of this rank is finite: another rank tells the place"
 
 

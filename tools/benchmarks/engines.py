@@ -2,12 +2,13 @@
 
     python tools/benchmarks/engines.py [--rounds N] [--clock cpu]
 
-Two gloo processes with one thread each, ep 2, the model of configs/quickstart.yaml. The engines take
-their steps in turn.
+Two gloo processes with one thread each, ep 2, the model of configs/quickstart.yaml. The engines
+take their steps in turn.
 """
 
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,11 @@ def held(config: Config) -> Memory:
     return memory
 
 
-def memories(precision: str) -> list[tuple[str, Memory, Memory]]:
-    """Return for each engine what this rank holds, and what is estimated."""
-    rows = []
-    for name, stage in ENGINES:
-        config = configure(name, stage, precision)
-        expected = estimate(config, NUM_RANKS).to_json()["memory"]
-        rows.append((f"{name} {stage}", held(config), expected))
-    return rows
+def compare(name: str, stage: int, precision: str) -> tuple[Memory, Memory]:
+    """Return what rank 0 holds under an engine, in processes of its own, and the estimate."""
+    config = configure(name, stage, precision)
+    measured = run_distributed(held, NUM_RANKS, config, timeout=280)[0]
+    return measured, estimate(config, NUM_RANKS).to_json()["memory"]
 
 
 def report_times(settings: Settings) -> None:
@@ -137,9 +135,9 @@ def report_times(settings: Settings) -> None:
             )
     report(
         "Engines: step time",
-        f"A step of configs/quickstart.yaml on {NUM_RANKS} gloo ranks with ep {EP}, one micro-batch "
-        "of 2048 tokens a rank: forward, backward, clip and AdamW. Stages 1 and 2 are compared with "
-        "native's stage 2, stage 3 with its stage 3.",
+        f"A step of configs/quickstart.yaml on {NUM_RANKS} gloo ranks with ep {EP}, one "
+        "micro-batch of 2048 tokens a rank: forward, backward, clip and AdamW. Stages 1 and 2 are "
+        "compared with native's stage 2, stage 3 with its stage 3.",
         ["precision", "engine", "stage", "ms", "/ native"],
         rows,
         settings=settings.describe(),
@@ -150,21 +148,16 @@ def report_times(settings: Settings) -> None:
 def report_memory() -> None:
     """Measure and write the table of memory."""
     rows = []
-    for precision in ("fp32", "bf16"):
-        for engine, measured, expected in run_distributed(
-            memories, NUM_RANKS, precision, timeout=600
-        )[0]:
-            cells = [
-                f"{measured[kind] / 2**20:.2f} / {expected[kind] / 2**20:.2f}" for kind in KINDS
-            ]
-            rows.append([precision, *engine.split(), *cells])
+    for precision, (name, stage) in product(("fp32", "bf16"), ENGINES):
+        measured, expected = compare(name, stage, precision)
+        cells = [f"{measured[kind] / 2**20:.2f} / {expected[kind] / 2**20:.2f}" for kind in KINDS]
+        rows.append([precision, name, str(stage), *cells])
     report(
         "Engines: memory of a rank",
         f"MiB measured / estimated by `dmoe estimate`, of rank 0 of {NUM_RANKS} with ep {EP}, "
-        "configs/quickstart.yaml, between the backward pass and the update. Native has gathered "
-        "weights only while layers compute, which is what is estimated of them; and so have gates, "
-        "embeddings and experts under deepspeed. Activations and gradients on their way are gone by "
-        "then; the estimate has them in rows of their own.",
+        "configs/quickstart.yaml, between the backward pass and the update. What is gathered or "
+        "cast while layers compute is gone by then, and so are activations and gradients on their "
+        "way; of compute weights only what DeepSpeed holds for good is measured.",
         ["precision", "engine", "stage", *(kind.replace("_", " ") for kind in KINDS)],
         rows,
         peers=peer_version("deepspeed"),
