@@ -1,6 +1,10 @@
 """Joining a job as torchrun starts one, and doing without."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +53,28 @@ def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
         process_group(),
     ):
         pass
+
+
+_HUGE_KIB = """
+import re
+from pathlib import Path
+import torch
+from dmoe.parallel import process_group
+with process_group():
+    kept = torch.ones(2**24)
+    print(re.search(r"AnonHugePages: *([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("of_user", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)]
+)
+def test_large_tensors_lie_in_huge_pages_unless_the_user_says_no(of_user, expected) -> None:
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[madvise]" not in modes.read_text():
+        pytest.skip("this Linux has no huge pages on request")
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "THP_MEM_ALLOC_ENABLE")}
+    out = subprocess.run(
+        [sys.executable, "-c", _HUGE_KIB], env=outside | of_user, capture_output=True, text=True
+    )
+    assert (int(out.stdout) > 0) is expected, out.stderr

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from dmoe.parallel import use_huge_pages
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cpu_benchmarks.md"
 WARM_UP_ROUNDS = 2
 
@@ -36,7 +38,8 @@ class Settings(NamedTuple):
 
 
 def parse_settings(docstring: str | None) -> Settings:
-    """Read the command line and set the number of threads."""
+    """Read the command line, set the number of threads, and take memory as training does."""
+    use_huge_pages()
     parser = argparse.ArgumentParser(description=docstring)
     parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2)
