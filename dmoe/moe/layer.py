@@ -269,8 +269,12 @@ class MoELayer(SparseLayer):
         self.config = config
         self.world_group = dims.world_group
         self.router = config.used_router.build(dim=dim, num_experts=config.experts)
+        self.router.backend = config.backend
         self.dispatcher = build_dispatcher(
-            config.dispatch, num_experts=config.num_networks, dims=dims
+            config.dispatch,
+            num_experts=config.num_networks,
+            dims=dims,
+            backend=config.backend,
         )
         self.experts = GroupedExperts(
             num_local=len(dims.local_experts(config.num_networks)),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.base import ConfigError
+from dmoe.ops import count_slots
 from dmoe.rng import stream_key
 
 Samples = int | Literal["mean"]
@@ -200,8 +201,3 @@ def make_routing(
         sums or {},
         losses or {},
     )
-
-
-def count_slots(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Return (E,) int64: how many slots each expert has."""
-    return torch.bincount(expert_ids_TK.flatten() + 1, minlength=num_experts + 1)[1:]

@@ -8,6 +8,7 @@ from dmoe.ops.rms_norm import rms_norm
 from dmoe.ops.rotary import rotary_angles, rotate
 from dmoe.ops.router_gate import router_gate
 from dmoe.ops.rows import RowMap, gather, gather_sum
+from dmoe.ops.slots import count_slots, sort_slots
 from dmoe.ops.top_k import top_k_ids
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Backend",
     "Linear",
     "RowMap",
+    "count_slots",
     "expert_ffn",
     "expert_ffn_loop",
     "gather",
@@ -25,5 +27,6 @@ __all__ = [
     "rotary_angles",
     "rotate",
     "router_gate",
+    "sort_slots",
     "top_k_ids",
 ]

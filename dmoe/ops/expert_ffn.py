@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
 from dmoe.ops.expert_loop import backward_by_expert, forward_by_expert
-from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, is_loop, resolve_backend
+from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, resolve_backend
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
 from dmoe.ops.triton_experts import backward_by_triton, forward_by_triton
 
@@ -92,8 +92,8 @@ class _ExpertFFN(torch.autograd.Function):
         activation: Activation,
         backend: Backend,
     ) -> Tensor:
-        backend = resolve_backend(backend, x_ND.device, len(counts_E))
-        if is_loop(x_ND, counts_E, backend):
+        backend = resolve_backend(backend, x_ND.device, len(counts_E), x_ND.dtype)
+        if backend == "loop":
             z_RH, y_RD = forward_by_expert(
                 x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation
             )
@@ -116,7 +116,7 @@ class _ExpertFFN(torch.autograd.Function):
         rows = RowMap(*row_tensors)
         # The gradient of a sum is expanded: every row of it the same memory.
         dy_ND = dy_ND.contiguous()
-        if is_loop(x_ND, counts_E, ctx.backend):
+        if ctx.backend == "loop":
             dx_RD, dweights_R, dw_up, dw_down_EDF = backward_by_expert(
                 dy_ND,
                 x_ND,

@@ -22,27 +22,24 @@ _MANY_GROUPS = 64
 
 
 def resolve_backend(
-    backend: Backend, device: torch.device, num_groups: int
+    backend: Backend, device: torch.device, num_groups: int, dtype: torch.dtype = torch.float32
 ) -> Literal["triton", "torch", "loop"]:
-    """Return the backend that "auto" stands for on a device, for so many groups (local experts).
+    """Return the backend that is used on a device, for so many groups (local experts).
 
     On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product. "auto"
-    is never "triton" until its kernels have been measured on a GPU.
+    is never "triton" until its kernels have been measured on a GPU. Rows in float64 are always
+    worked by "loop".
 
     Raises:
         ConfigError: "triton" where its kernels cannot run.
     """
     if backend == "triton":
         check_triton(device)
+    if dtype not in _GROUPED_DTYPES:
+        return "loop"
     if backend != "auto":
         return backend
     return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
-
-
-def is_loop(x_RM: Tensor, counts_E: Tensor, backend: Backend) -> bool:
-    """Say whether rows like `x_RM` are worked on an expert after the other."""
-    backend = resolve_backend(backend, x_RM.device, len(counts_E))
-    return backend == "loop" or x_RM.dtype not in _GROUPED_DTYPES
 
 
 def grouped_mm(x_RM: Tensor, w_EMN: Tensor, counts_E: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,6 +26,15 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+HEAD = """# Kernels, compiled ahead of time
+
+<!-- Written by `make test-slow` and by `python -m dmoe_kernels.aot`: do not edit. -->
+
+Compiled without a GPU, for element types and sizes of training. Registers are those of a thread,
+shared memory that of a program, spills the loads and stores of registers that did not fit; the last
+column counts tensor-core instructions. A block is M x N x K. Nothing here says how fast a kernel
+is.
+"""
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
 
 
@@ -81,28 +90,34 @@ def evidence(names: list[str], targets: list[str], *, first_only: bool) -> Itera
                 yield compile_case(case, target)
 
 
-def table(rows: list[Evidence]) -> str:
-    """Return the document."""
+def section(target: str, rows: list[Evidence]) -> str:
+    """Return the table of a target."""
     lines = [
-        "# Kernels, compiled ahead of time",
+        f"## Triton {triton.__version__}, {target}",
         "",
-        "<!-- Written by `python -m dmoe_kernels.aot`: do not edit. -->",
-        "",
-        f"Triton {triton.__version__}, no GPU. Tensor-core instructions are HMMA on sm_80, HGMMA",
-        "on sm_90 and v_mfma on gfx942. Registers are those of a thread, shared memory that of a",
-        "program; a block is M x N x K. Nothing here says how fast a kernel is.",
-        "",
-        "| kernel | form | block | warps | stages | target | registers | spills | shared bytes "
-        "| tensor-core instructions |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| kernel | form | block | warps | stages | registers | spills | shared bytes "
+        f"| {TENSOR_CORE[target]} |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         case = row.case
         lines.append(
             f"| {case.name} | {case.form} | {case.block} | {case.warps} | {case.stages} "
-            f"| {row.target} | {row.registers} | {row.spilled} | {row.shared} | {row.tensor_core} |"
+            f"| {row.registers} | {row.spilled} | {row.shared} | {row.tensor_core} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def write(path: Path, rows: list[Evidence]) -> None:
+    """Put the tables of these rows into the document; those of other releases and targets stay."""
+    text = path.read_text() if path.exists() else ""
+    old = re.findall(r"^## .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    tables = {part.splitlines()[0]: part.strip() + "\n" for part in old}
+    for target in TARGETS:
+        if of_target := [row for row in rows if row.target == target]:
+            part = section(target, of_target)
+            tables[part.splitlines()[0]] = part
+    path.write_text("\n".join([HEAD, *(tables[name] for name in sorted(tables))]))
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:
@@ -127,7 +142,7 @@ def main() -> int:
     parser.add_argument("--first", action="store_true", help="the default config of each alone")
     parser.add_argument("--out", type=Path, help="the document to write")
     options = parser.parse_args()
-    rows: list[Any] = []
+    rows: list[Evidence] = []
     for row in evidence(options.names, options.target or list(TARGETS), first_only=options.first):
         rows.append(row)
         print(
@@ -137,7 +152,7 @@ def main() -> int:
             flush=True,
         )
     if options.out:
-        options.out.write_text(table(rows))
+        write(options.out, rows)
     return int(any(row.fault for row in rows))
 
 

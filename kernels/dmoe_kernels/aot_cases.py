@@ -4,10 +4,10 @@ Ints that a model makes multiples of 16 are told to the compiler as such, as the
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from dmoe_kernels import dz, grouped_gemm, up
+from dmoe_kernels import combine, dz, grouped_gemm, routing, slots, tiles, up
 from dmoe_kernels.configs import Config, candidates, scaled_k
 
 # Shared memory a program may use, and whether products read both sides from it.
@@ -30,8 +30,6 @@ class Case:
     block: str
     multiplies: bool = True
     """Whether tensor cores must be used."""
-    floats: tuple[str, ...] = field(default=())
-    """Arguments that are float32 numbers."""
 
     def signature(self) -> dict[str, str]:
         """Return the type of each argument."""
@@ -47,7 +45,7 @@ class Case:
         return {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(self.kernel.arg_names)
-            if name in self.pointers or name in _SIZES
+            if (name in self.pointers or name in _SIZES) and name not in self.constexprs
         }
 
     def _type(self, name: str) -> str:
@@ -55,7 +53,7 @@ class Case:
             return "constexpr"
         if name in self.pointers:
             return f"*{self.pointers[name]}"
-        return "fp32" if name in self.floats else "i32"
+        return "fp32" if name == "scale" else "i32"
 
 
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
@@ -65,6 +63,9 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
         fitting = candidates(name, 2, shared_memory, wgmma)
         for config in fitting[:1] if first_only else fitting:
             yield _product(name, form, kernel, pointers, constants, config)
+    for name, form, kernel, pointers, constants, warps in _others():
+        block = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK"))
+        yield Case(name, form, kernel, pointers, constants, warps, 1, block, multiplies=False)
 
 
 def _product(
@@ -116,3 +117,44 @@ def _products() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]
         constants = {"A_GATHER": a_gather, "B_GATHER": not a_gather}
         constants |= {"ACCUMULATE": name == "outer_add"}
         yield name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants
+
+
+def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    """Yield name, form, kernel, pointers, constants and warps of the kernels that do not."""
+    pointers = {"counts": "i64", "table": "i32", "offsets": "i32"}
+    constants = {"BLOCK_M": 128, "BLOCK_E": 128}
+    yield "tiles", "128 experts", tiles.tile_table_kernel, pointers, constants, 4
+    pointers = {"y": "bf16", "x": "bf16", "by_source": "i64", "offsets": "i64"}
+    constants = {"BLOCK_J": 8, "BLOCK_D": 1024}
+    yield "combine", "dim 2048", combine.gather_sum_kernel, pointers, constants, 4
+    yield from _routing()
+    yield from _slots()
+
+
+def _routing() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    floats = ("logits", "bias", "scores_out", "weights", "dscores", "dweights", "dlogits")
+    pointers = dict.fromkeys(floats, "fp32") | {"ids": "i64", "k_of_token": "i64", "valid": "u8"}
+    sizes = {"BLOCK_T": 16, "BLOCK_E": 128}
+    for score in ("softmax", "sigmoid"):
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_K", "HAS_VALID"), True)
+        constants = {"SCORE": score} | flags | sizes
+        yield "select", f"{score}, 128 experts", routing.select_kernel, pointers, constants, 4
+        flags = {"OVER_CHOICE": False, "NORMALIZE": True}
+        constants = {"SCORE": score} | flags | sizes | {"BLOCK_K": 8}
+        form = f"{score}, 128 experts, k 8"
+        yield "weigh", form, routing.weigh_kernel, pointers, constants, 4
+        constants |= {"HAS_DSCORES": True, "HAS_DWEIGHTS": True}
+        yield "weigh", f"{form}, backward", routing.weigh_backward_kernel, pointers, constants, 4
+
+
+def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    pointers = dict.fromkeys(("ids", "starts", "slots", "index", "by_token", "offsets"), "i64")
+    pointers["counts"] = "i32"
+    constants = {"BLOCK": slots.BLOCK, "BLOCK_E": 256}
+    yield "slots", "count, 128 experts", slots.count_kernel, pointers, constants, 4
+    totals = {"counts": "i32", "totals": "i64"}
+    yield "slots", "scan", slots.scan_kernel, totals, {"BLOCK_P": 1024}, 4
+    starts = {"counts": "i64", "starts": "i64"}
+    yield "slots", "starts, 128 experts", slots.starts_kernel, starts, {"BLOCK_E": 256}, 4
+    constants = {"BLOCK": slots.BLOCK, "CHUNK": 16}
+    yield "slots", "place", slots.place_kernel, pointers, constants, 4

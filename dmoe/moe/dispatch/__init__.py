@@ -13,6 +13,7 @@ from dmoe.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllHandle
 from dmoe.moe.dispatch.local import LocalDispatcher
 from dmoe.moe.dispatch.rows import Rows
 from dmoe.moe.routing import Routing
+from dmoe.ops import Backend
 from dmoe.parallel import ParallelDims
 
 DispatchName = Literal["auto", "local", "all_to_all"]
@@ -30,7 +31,9 @@ class Dispatcher(Protocol):
         ...
 
 
-def build_dispatcher(name: DispatchName, *, num_experts: int, dims: ParallelDims) -> Dispatcher:
+def build_dispatcher(
+    name: DispatchName, *, num_experts: int, dims: ParallelDims, backend: Backend = "auto"
+) -> Dispatcher:
     """Build the dispatcher; "auto" is "local" on one rank and "all_to_all" on several.
 
     An exchange within a group of one rank sends nothing: "all_to_all" is "local" there.
@@ -39,14 +42,14 @@ def build_dispatcher(name: DispatchName, *, num_experts: int, dims: ParallelDims
         ConfigError: "local" with experts on several ranks.
     """
     if dims.ep_group is None:
-        return LocalDispatcher(num_experts=num_experts)
+        return LocalDispatcher(num_experts=num_experts, backend=backend)
     if name == "local":
         raise ConfigError(
             f"model.moe.dispatch = local cannot reach experts on other ranks, but parallel.ep = "
             f"{dims.ep}: set model.moe.dispatch to auto or all_to_all",
             key="model.moe.dispatch",
         )
-    return AllToAllDispatcher(num_experts=num_experts, group=dims.ep_group)
+    return AllToAllDispatcher(num_experts=num_experts, group=dims.ep_group, backend=backend)
 
 
 __all__ = [

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.moe.dispatch.rows import Rows, sort_slots
+from dmoe.moe.dispatch.rows import Rows
 from dmoe.moe.routing import Routing
-from dmoe.ops import RowMap, gather, gather_sum
+from dmoe.ops import Backend, RowMap, gather, gather_sum, resolve_backend, sort_slots
 from dmoe.parallel import all_to_all_rows
 
 
@@ -31,17 +31,22 @@ class AllToAllHandle(NamedTuple):
 class AllToAllDispatcher:
     """Exchanges rows within `group`; rank r of it holds the experts [r e, (r + 1) e)."""
 
-    def __init__(self, *, num_experts: int, group: dist.ProcessGroup):
+    def __init__(self, *, num_experts: int, group: dist.ProcessGroup, backend: Backend = "auto"):
         self.num_experts = num_experts
         self.group = group
+        self.backend = backend
         self.num_local = num_experts // group.size()
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, AllToAllHandle]:
         """Return the rows for the local experts, sorted by expert, (e,) counts, and the handle."""
-        slots_R, sent, counts_E = sort_slots(routing.expert_ids_TK, self.num_experts)
+        backend = resolve_backend(self.backend, x_TD.device, self.num_experts, x_TD.dtype)
+        slots_R, sent, counts_E = sort_slots(
+            routing.expert_ids_TK, self.num_experts, by_triton=backend == "triton"
+        )
         received_Pe = self._exchange_counts(counts_E)
         send_counts = counts_E.view(-1, self.num_local).sum(1).tolist()
         receive_counts = received_Pe.sum(1).tolist()
+        slots_R, sent = slots_R[: sum(send_counts)], sent.head(sum(send_counts))
         weights_R = routing.weights_TK.flatten().index_select(0, slots_R)
         x_ND = all_to_all_rows(gather(x_TD, sent), send_counts, receive_counts, self.group)
         weights_N = all_to_all_rows(weights_R, send_counts, receive_counts, self.group)

@@ -2,19 +2,24 @@
 
 from torch import Tensor
 
-from dmoe.moe.dispatch.rows import Rows, sort_slots
+from dmoe.moe.dispatch.rows import Rows
 from dmoe.moe.routing import Routing
+from dmoe.ops import Backend, resolve_backend, sort_slots
 
 
 class LocalDispatcher:
     """Sorts slots by expert; nothing is sent, so the sources are the tokens and need no handle."""
 
-    def __init__(self, *, num_experts: int):
+    def __init__(self, *, num_experts: int, backend: Backend = "auto"):
         self.num_experts = num_experts
+        self.backend = backend
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, None]:
         """Return the rows sorted by expert and (E,) counts."""
-        slots_R, rows, counts_E = sort_slots(routing.expert_ids_TK, self.num_experts)
+        backend = resolve_backend(self.backend, x_TD.device, self.num_experts, x_TD.dtype)
+        slots_R, rows, counts_E = sort_slots(
+            routing.expert_ids_TK, self.num_experts, by_triton=backend == "triton"
+        )
         weights_R = routing.weights_TK.flatten().index_select(0, slots_R)
         return Rows(x_TD, rows, weights_R), counts_E, None
 

@@ -14,7 +14,7 @@ from dmoe.config.base import ConfigModel
 from dmoe.config.plugins import OpenChoice
 from dmoe.moe.base import SparseLayer
 from dmoe.moe.routing import MoEContext, Routing
-from dmoe.ops import Activation, router_gate
+from dmoe.ops import Activation, Backend, router_gate
 from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds a router's
@@ -124,6 +124,8 @@ class Router(nn.Module):
     gate: nn.Module
     """Its parameters start as those of the model do, at zero where the module that holds them has
     `starts_at_zero`."""
+    backend: Backend = "auto"
+    """That of the layer: where it is "triton", a router may use kernels."""
 
     @property
     def wide_modules(self) -> list[nn.Module]:

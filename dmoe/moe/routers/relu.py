@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dmoe.moe.routers.base import Router, RouterGate, RouterSection
 from dmoe.moe.routers.choice import choose, scores_of
-from dmoe.moe.routing import MoEContext, Routing, count_slots, make_routing
+from dmoe.moe.routing import MoEContext, Routing, make_routing
+from dmoe.ops import count_slots
 
 
 class ReluConfig(RouterSection):

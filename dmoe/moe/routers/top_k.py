@@ -18,12 +18,14 @@ from dmoe.moe.routers.base import Router, RouterGate, RouterPrecision, RouterSec
 from dmoe.moe.routers.choice import (
     choose,
     divided_by_sum,
+    most_slots,
     scores_of,
     softmax_over_choice,
     without_random_second,
 )
 from dmoe.moe.routing import MoEContext, Routing, make_routing
-from dmoe.ops import top_k_ids
+from dmoe.ops import top_k_ids, uses_kernels
+from dmoe.ops.routing import GateForm, select_experts, weigh_experts
 from dmoe.rng import stream_key, token_uniform
 
 if TYPE_CHECKING:  # the section that holds this one
@@ -164,6 +166,8 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         logits_TE = self.gate(jittered(x_TD, self.config.jitter, context))
+        if self.kernels_serve(logits_TE):
+            return self.by_kernels(logits_TE, context)
         scores_TE = self.score(logits_TE)
         ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
         weights_TK = self.weigh(logits_TE, scores_TE, ids_TK)
@@ -201,6 +205,29 @@ class TopKRouter(Router):
         if self.config.normalize:
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
+
+    def kernels_serve(self, logits_TE: Tensor) -> bool:
+        """Say whether there are kernels for this router, here and for these logits."""
+        plain = self.config.precision != "bf16" and self.config.second_choice != "random"
+        return plain and uses_kernels(self.backend, logits_TE.device, logits_TE.dtype)
+
+    def by_kernels(self, logits_TE: Tensor, context: MoEContext) -> Routing:
+        """Route by the kernels: the same, in a few launches and no wait for the device."""
+        config = self.config
+        k = config.top_k if context.k is None else context.k
+
+        def select() -> Tensor:
+            if config.groups or context.k_ideal is not None or context.gate_threshold:
+                return self.select(self.score(logits_TE), context)
+            return select_experts(
+                logits_TE, self.expert_bias_E, k, most_slots(k), context.valid_T, config.score
+            )
+
+        ids_TK = context.decide("expert_ids", select)
+        over_choice = config.order == "select_then_score" and config.score == "softmax"
+        form = GateForm(config.score, over_choice, config.normalize, config.scaling_factor)
+        scores_TE, weights_TK = weigh_experts(logits_TE, ids_TK, form)
+        return make_routing(logits_TE, scores_TE, ids_TK, weights_TK)
 
     def end_step(
         self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
