@@ -59,9 +59,10 @@ class MoEConfig(ConfigModel):
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
-    """The grouped GEMM: "torch" is torch.nn.functional.grouped_mm, "loop" one expert after the
-    other, "triton" the kernels of `kernels/`, which no GPU has run yet. "auto" is "loop" on a CPU
-    with fewer than 64 experts a rank, where it is the faster, and "torch" elsewhere."""
+    """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
+    after the other, "triton" the kernels of `kernels/`, which no GPU has run yet, "megablocks" the
+    grouped GEMM of the package of that name. "auto" is "loop" on a CPU with fewer than 64 experts a
+    rank, where it is the faster, and "torch" elsewhere."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":

@@ -1,8 +1,9 @@
 """The only door to the kernels: one op a file, its slow twin beside it."""
 
 from dmoe.ops.activation import Activation
+from dmoe.ops.backend import Backend, resolve_backend, uses_kernels
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
-from dmoe.ops.grouped_mm import Backend, grouped_mm, resolve_backend
+from dmoe.ops.grouped_mm import grouped_mm
 from dmoe.ops.linear import Linear
 from dmoe.ops.rms_norm import rms_norm
 from dmoe.ops.rotary import rotary_angles, rotate
@@ -29,4 +30,5 @@ __all__ = [
     "router_gate",
     "sort_slots",
     "top_k_ids",
+    "uses_kernels",
 ]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
+from dmoe.ops.backend import Backend, resolve_backend
 from dmoe.ops.expert_loop import backward_by_expert, forward_by_expert
-from dmoe.ops.grouped_mm import Backend, grouped_mm, grouped_outer, resolve_backend
+from dmoe.ops.grouped_mm import grouped_mm, grouped_outer
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
 from dmoe.ops.triton_experts import backward_by_triton, forward_by_triton
 
@@ -45,7 +46,7 @@ def expert_ffn(
         w_down_EDF: (E, D, F), as `w_up`.
         activation: "swiglu", or "gelu" (tanh form, as in GPT-2) or "relu" without a gate.
         backend: "triton" for the kernels, "torch" for `torch.nn.functional.grouped_mm`, "loop" for
-            an expert after the other.
+            an expert after the other, "megablocks" for its grouped GEMM.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
@@ -103,9 +104,9 @@ class _ExpertFFN(torch.autograd.Function):
                 x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, activation
             )
         else:
-            z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E)
+            z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend)
             a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
-            y_ND = sum_rows(grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E), rows)
+            y_ND = sum_rows(grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E, backend), rows)
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *rows)
         ctx.activation, ctx.backend = activation, backend
         return y_ND
@@ -135,10 +136,11 @@ class _ExpertFFN(torch.autograd.Function):
             )
         else:
             dy_RD = take_rows(dy_ND, rows)
-            da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E)
+            backend = ctx.backend
+            da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend)
             a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, ctx.activation)
-            dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E).to(w_down_EDF.dtype)
+            dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend).to(w_down_EDF.dtype)
             del dy_RD
-            dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E).to(w_up.dtype)
-            dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E), rows)
+            dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend).to(w_up.dtype)
+            dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E, backend), rows)
         return dx_ND, dweights_R, dw_up, dw_down_EDF, None, None, None, None

@@ -3,43 +3,10 @@
 Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
 """
 
-import functools
-import importlib.util
-import os
-
-import torch
 from torch import Tensor
 
-from dmoe.config.base import ConfigError
 from dmoe.ops.activation import Activation
 from dmoe.ops.rows import RowMap
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Say whether Triton is installed, and the kernels with it."""
-    return all(importlib.util.find_spec(name) for name in ("triton", "dmoe_kernels"))
-
-
-def check_triton(device: torch.device) -> None:
-    """Check that the kernels can run on a device.
-
-    Raises:
-        ConfigError: Triton is not installed, or the device is not a GPU.
-    """
-    if not has_triton():
-        raise ConfigError(
-            "model.moe.backend = triton, but Triton is not installed here: pip install triton, or "
-            "set model.moe.backend to auto",
-            key="model.moe.backend",
-        )
-    # Tests run the kernels in Triton's interpreter.
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"model.moe.backend = triton needs an NVIDIA or AMD GPU, this device is {device}: set "
-            f"model.moe.backend to auto",
-            key="model.moe.backend",
-        )
 
 
 def forward_by_triton(

@@ -25,6 +25,7 @@ from dmoe.data import (
     load_tokenizer,
 )
 from dmoe.engine import Engine, build_engine
+from dmoe.models.precision import COMPUTE_DTYPES
 from dmoe.moe.elastic import ElasticConfig
 from dmoe.ops import resolve_backend
 from dmoe.parallel import ParallelDims
@@ -189,9 +190,13 @@ def _introduce(
     journal.message(dims.describe(moe.experts if moe and moe.num_shards else 0))
     if moe is not None and moe.used_router.warning:
         journal.message(f"WARNING: {moe.used_router.warning}")
-    if moe is not None and moe.is_grouped and moe.backend == "auto":
-        backend = resolve_backend(moe.backend, device, len(dims.local_experts(moe.num_shards)))
-        journal.message(f"model.moe.backend: auto takes {backend}")
+    if moe is not None and moe.is_grouped:
+        # One that is asked for and cannot run here is told now, not in the first step.
+        num_local = len(dims.local_experts(moe.num_shards))
+        dtype = COMPUTE_DTYPES[config.engine.precision]
+        backend = resolve_backend(moe.backend, device, num_local, dtype)
+        if moe.backend == "auto":
+            journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:
         return
     steps = config.train.steps

@@ -6,7 +6,6 @@ from dmoe.ops.grouped_mm import (
     grouped_mm_loop,
     grouped_outer,
     grouped_outer_loop,
-    resolve_backend,
 )
 
 
@@ -26,10 +25,3 @@ def test_equals_the_loop(counts, dtype, tolerance) -> None:
 def test_an_empty_group_has_a_zero_gradient() -> None:
     a, b, counts = torch.ones(2, 8), torch.ones(2, 8), torch.tensor([2, 0])
     assert torch.equal(grouped_outer(a, b, counts)[1], torch.zeros(8, 8))
-
-
-def test_auto_is_the_loop_on_a_cpu_and_torch_elsewhere() -> None:
-    assert resolve_backend("auto", torch.device("cpu"), 8) == "loop"
-    assert resolve_backend("auto", torch.device("cpu"), 128) == "torch"
-    assert resolve_backend("auto", torch.device("cuda"), 8) == "torch"
-    assert resolve_backend("torch", torch.device("cpu"), 8) == "torch"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmoe.moe.dispatch.rows import Rows
 from dmoe.moe.routing import Routing
-from dmoe.ops import Backend, RowMap, gather, gather_sum, resolve_backend, sort_slots
+from dmoe.ops import Backend, RowMap, gather, gather_sum, sort_slots, uses_kernels
 from dmoe.parallel import all_to_all_rows
 
 
@@ -39,9 +39,9 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, AllToAllHandle]:
         """Return the rows for the local experts, sorted by expert, (e,) counts, and the handle."""
-        backend = resolve_backend(self.backend, x_TD.device, self.num_experts, x_TD.dtype)
+        by_triton = uses_kernels(self.backend, x_TD.device, x_TD.dtype)
         slots_R, sent, counts_E = sort_slots(
-            routing.expert_ids_TK, self.num_experts, by_triton=backend == "triton"
+            routing.expert_ids_TK, self.num_experts, by_triton=by_triton
         )
         received_Pe = self._exchange_counts(counts_E)
         send_counts = counts_E.view(-1, self.num_local).sum(1).tolist()

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dmoe.moe.dispatch.rows import Rows
 from dmoe.moe.routing import Routing
-from dmoe.ops import Backend, resolve_backend, sort_slots
+from dmoe.ops import Backend, sort_slots, uses_kernels
 
 
 class LocalDispatcher:
@@ -16,9 +16,9 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, None]:
         """Return the rows sorted by expert and (E,) counts."""
-        backend = resolve_backend(self.backend, x_TD.device, self.num_experts, x_TD.dtype)
+        by_triton = uses_kernels(self.backend, x_TD.device, x_TD.dtype)
         slots_R, rows, counts_E = sort_slots(
-            routing.expert_ids_TK, self.num_experts, by_triton=backend == "triton"
+            routing.expert_ids_TK, self.num_experts, by_triton=by_triton
         )
         weights_R = routing.weights_TK.flatten().index_select(0, slots_R)
         return Rows(x_TD, rows, weights_R), counts_E, None

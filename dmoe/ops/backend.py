@@ -1,0 +1,83 @@
+"""What the experts of a layer run on, and whether it is there."""
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+from dmoe.config.base import ConfigError
+
+Backend = Literal["auto", "triton", "torch", "loop", "megablocks"]
+ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
+
+# Dtypes that grouped GEMMs take; float64, which proofs use, is a loop on every backend.
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# From so many groups on, a loop in Python takes longer than writing whole rows for torch's own.
+_MANY_GROUPS = 64
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, num_groups: int, dtype: torch.dtype = torch.bfloat16
+) -> ResolvedBackend:
+    """Return the backend that is used on a device, for so many groups (local experts).
+
+    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product. "auto"
+    is never "triton" until its kernels have been measured on a GPU. Rows in float64 are always
+    worked by "loop".
+
+    Raises:
+        ConfigError: the backend is not installed, or cannot run here.
+    """
+    if backend == "triton":
+        _check_triton(device)
+    if backend == "megablocks":
+        _check_megablocks(device, dtype)
+    if dtype not in _GROUPED_DTYPES:
+        return "loop"
+    if backend != "auto":
+        return backend
+    return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
+
+
+def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether Triton kernels work on tensors of a dtype, around the experts as in them."""
+    return backend != "megablocks" and resolve_backend(backend, device, 1, dtype) == "triton"
+
+
+@functools.cache
+def _is_installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in packages)
+
+
+def _check_triton(device: torch.device) -> None:
+    if not _is_installed("triton", "dmoe_kernels"):
+        raise ConfigError(
+            "model.moe.backend = triton, but Triton is not installed here: pip install triton, or "
+            "set model.moe.backend to auto",
+            key="model.moe.backend",
+        )
+    # Tests run the kernels in Triton's interpreter.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"model.moe.backend = triton needs an NVIDIA or AMD GPU, this device is {device}: set "
+            f"model.moe.backend to auto",
+            key="model.moe.backend",
+        )
+
+
+def _check_megablocks(device: torch.device, dtype: torch.dtype) -> None:
+    if not _is_installed("megablocks", "grouped_gemm"):
+        raise ConfigError(
+            "model.moe.backend = megablocks, but it is not installed here. On a machine with a GPU "
+            "and the CUDA toolkit: pip install 'dmoe[megablocks]'; or set model.moe.backend to "
+            "auto",
+            key="model.moe.backend",
+        )
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float64):
+        raise ConfigError(
+            f"model.moe.backend = megablocks multiplies bfloat16 on an NVIDIA GPU, this is {dtype} "
+            f"on {device}: set engine.precision to bf16, or model.moe.backend to auto",
+            key="model.moe.backend",
+        )

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from dmoe.config.base import ConfigError
+from dmoe.ops import backend as door
+from dmoe.ops.backend import resolve_backend
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_is_the_loop_on_a_cpu_and_torch_elsewhere() -> None:
+    assert resolve_backend("auto", CPU, 8) == "loop"
+    assert resolve_backend("auto", CPU, 128) == "torch"
+    assert resolve_backend("auto", GPU, 8) == "torch"
+    assert resolve_backend("torch", CPU, 8) == "torch"
+
+
+def test_float64_is_a_loop_everywhere() -> None:
+    assert resolve_backend("torch", GPU, 128, torch.float64) == "loop"
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"),
+    [("triton", "pip install triton"), ("megablocks", r"pip install 'dmoe\[megablocks\]'")],
+)
+def test_what_is_not_installed_says_how_to_install_it(backend, remedy, monkeypatch) -> None:
+    monkeypatch.setattr(door, "_is_installed", lambda *packages: False)
+    with pytest.raises(ConfigError, match=remedy):
+        resolve_backend(backend, GPU, 8)
+
+
+def test_kernels_need_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(door, "_is_installed", lambda *packages: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve_backend("triton", GPU, 8) == "triton"
+    with pytest.raises(ConfigError, match="needs an NVIDIA or AMD GPU, this device is cpu"):
+        resolve_backend("triton", CPU, 8)
+
+
+def test_megablocks_multiplies_bfloat16(monkeypatch) -> None:
+    monkeypatch.setattr(door, "_is_installed", lambda *packages: True)
+    assert resolve_backend("megablocks", GPU, 8, torch.bfloat16) == "megablocks"
+    for device, dtype in ((GPU, torch.float32), (CPU, torch.bfloat16)):
+        with pytest.raises(ConfigError, match="to bf16"):
+            resolve_backend("megablocks", device, 8, dtype)
