@@ -46,4 +46,8 @@ def sort_slots(
 
 def count_slots(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
     """Return (E,) int64: how many slots each expert has."""
-    return torch.bincount(expert_ids_TK.flatten() + 1, minlength=num_experts + 1)[1:]
+    ids = expert_ids_TK.flatten() + 1
+    if ids.device.type == "cpu":
+        return torch.bincount(ids, minlength=num_experts + 1)[1:]
+    # There the host would wait to learn the largest id.
+    return ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[1:]
