@@ -22,6 +22,7 @@ from dmoe.moe.infinite import (
     NeuronLayer,
     check_infinite,
 )
+from dmoe.moe.infinite.space import ExpertSpace
 from dmoe.moe.losses import LossesConfig, load_balance_loss, z_loss
 from dmoe.moe.routers import Router, RouterConfig, RouterSection, TopKConfig
 from dmoe.moe.routing import MoEContext, Routing
@@ -60,9 +61,10 @@ class MoEConfig(ConfigModel):
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
-    after the other, "triton" the kernels of `kernels/`, which no GPU has run yet, "megablocks" the
-    grouped GEMM of the package of that name. "auto" is "loop" on a CPU with fewer than 64 experts a
-    rank, where it is the faster, and "torch" elsewhere."""
+    after the other, "triton" the kernels of `kernels/`, which no GPU has run yet and which serve
+    spaces of neurons too, "megablocks" the grouped GEMM of the package of that name. "auto" is
+    "loop" on a CPU with fewer than 64 experts a rank, where it is the faster, and "torch"
+    elsewhere."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":
@@ -245,7 +247,11 @@ class MoEConfig(ConfigModel):
             layer = build(self, dim=dim, activation=activation, dims=dims)
             return layer or MoELayer(self, dim=dim, activation=activation, dims=dims)
         neurons = NeuronLayer if self.infinite.deep is None else DeepNeuronLayer
-        return neurons(self.infinite, width=self.space_width, dim=dim, activation=activation)
+        built = neurons(self.infinite, width=self.space_width, dim=dim, activation=activation)
+        for module in built.modules():
+            if isinstance(module, ExpertSpace):
+                module.backend = self.backend
+        return built
 
     def is_moe_layer(self, layer: int) -> bool:
         """Say whether layer `layer`, counted from 0, is a MoE layer."""

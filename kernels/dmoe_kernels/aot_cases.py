@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe_kernels import combine, dz, grouped_gemm, routing, slots, tiles, up
+from dmoe_kernels import combine, dz, grouped_gemm, mean_mask, routing, slots, tiles, up
 from dmoe_kernels.configs import Config, candidates, scaled_k
 
 # Shared memory a program may use, and whether products read both sides from it.
@@ -53,7 +53,7 @@ class Case:
             return "constexpr"
         if name in self.pointers:
             return f"*{self.pointers[name]}"
-        return "fp32" if name == "scale" else "i32"
+        return "fp32" if name in ("scale", "factor", "quantile") else "i32"
 
 
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
@@ -129,6 +129,7 @@ def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
     yield "combine", "dim 2048", combine.gather_sum_kernel, pointers, constants, 4
     yield from _routing()
     yield from _slots()
+    yield from _mean_mask()
 
 
 def _routing() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
@@ -158,3 +159,20 @@ def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], in
     yield "slots", "starts, 128 experts", slots.starts_kernel, starts, {"BLOCK_E": 256}, 4
     constants = {"BLOCK": slots.BLOCK, "CHUNK": 16}
     yield "slots", "place", slots.place_kernel, pointers, constants, 4
+
+
+def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    pointers = {"z": "fp32", "w": "fp32", "bits": "u8", "passes": "i32"}
+    constants = {"COUNT_PASSES": False, "BLOCK_F": 4096}
+    form = "3072 neurons"
+    yield "latent_masks", form, mean_mask.latent_masks_kernel, pointers, constants, 8
+    del pointers["passes"]
+    pointers |= dict.fromkeys(("hidden", "a", "da", "dhidden"), "bf16") | {"dmean": "fp32"}
+    for activation, hard in (("swiglu", False), ("gelu", True), ("relu", True)):
+        constants = {"ACTIVATION": activation, "HARD": hard, "BLOCK_T": 16, "BLOCK_F": 128}
+        form = f"{activation}, {'hard' if hard else 'soft'}"
+        for direction, kernel in (
+            ("", mean_mask.forward_kernel),
+            (", backward", mean_mask.backward_kernel),
+        ):
+            yield "mean_mask", form + direction, kernel, pointers, constants, 4

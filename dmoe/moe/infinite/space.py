@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from dmoe.moe.infinite.config import InfiniteConfig, num_active
 from dmoe.moe.infinite.initial import gain
 from dmoe.moe.routing import MoEContext
-from dmoe.ops import Activation, router_gate
+from dmoe.ops import Activation, Backend, router_gate, uses_kernels
 from dmoe.ops.activation import activate
 from dmoe.ops.mean_mask import MaskRule, masked_activation
 from dmoe.ops.top_mask import top_bits, unpack_bits
+from dmoe.ops.triton_masks import latent_masks_by_triton, masked_activation_by_triton
 
 Masks = list[Tensor]
 """The packed mask of each sample, (T, F / 8) uint8."""
@@ -32,6 +33,9 @@ class ExpertSpace(nn.Module):
         layer: number of this space in its layer.
         at_mean: whether it gets the mean of z in training.
     """
+
+    backend: Backend = "auto"
+    """That of the layer; "triton" has kernels for masks that follow the activation."""
 
     def __init__(
         self,
@@ -65,6 +69,10 @@ class ExpertSpace(nn.Module):
             activation: of the neurons.
             context: of the micro-batch; padding has empty masks.
         """
+        # A hard mask before the activation is one after it: act(0) = 0 and act(1 h) = act(h).
+        is_after = self.config.mask_position == "after_activation" or self.hard
+        if is_after and uses_kernels(self.backend, hidden_TH.device, z_TKZ.dtype):
+            return self._by_kernels(hidden_TH, z_TKZ, activation, context)
         pieces: dict[int, dict[int, Tensor]] = {}
 
         def choose(k: int, tokens: slice, scores_CF: Tensor) -> Tensor:
@@ -72,8 +80,7 @@ class ExpertSpace(nn.Module):
             pieces.setdefault(k, {})[tokens.start] = bits
             return bits
 
-        # A hard mask before the activation is one after it: act(0) = 0 and act(1 h) = act(h).
-        if self.config.mask_position == "after_activation" or self.hard:
+        if is_after:
             a_TF = masked_activation(
                 hidden_TH,
                 z_TKZ,
@@ -96,6 +103,21 @@ class ExpertSpace(nn.Module):
         ]
         total_TF = functools.reduce(torch.add, samples)
         return total_TF * (self.gain / len(samples)), _whole(pieces)
+
+    def _by_kernels(
+        self, hidden_TH: Tensor, z_TKZ: Tensor, activation: Activation, context: MoEContext
+    ) -> tuple[Tensor, Masks]:
+        """Do `forward` in two launches, one for the masks of all samples."""
+
+        def select() -> Tensor:
+            bits = latent_masks_by_triton(z_TKZ, self.w_z_FZ, self.num_active)
+            return bits if context.valid_T is None else bits * context.valid_T[:, None, None]
+
+        bits = context.decide(f"masks_{self.layer}", select)
+        a_TF = masked_activation_by_triton(
+            hidden_TH, z_TKZ, self.w_z_FZ, bits, rule=self.rule, activation=activation
+        )
+        return a_TF, list(bits.unbind(1))
 
     def mask(self, z_TKZ: Tensor, k: int, context: MoEContext) -> Tensor:
         """Return (T, F), the mask of sample k; a hard one has the gradient of a soft one."""

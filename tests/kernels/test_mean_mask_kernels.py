@@ -1,0 +1,115 @@
+"""Infinity-MoE's kernels against their torch twins: masks exactly, the rest closely."""
+
+import pytest
+import torch
+from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+
+from dmoe.moe import MoEConfig, MoEContext
+from dmoe.ops.mean_mask import MaskRule, masked_activation_loop
+from dmoe.ops.top_mask import pack_bits, top_mask_sorted
+from dmoe.ops.triton_masks import latent_masks_by_triton, masked_activation_by_triton
+
+kernels = pytest.importorskip("dmoe_kernels.mean_mask")
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def exact_scores(tokens: int, samples: int, latent: int, width: int, spread: int):
+    """Return z and W_z of small integers, whose products are exact, and often equal."""
+    generator = torch.Generator().manual_seed(width)
+    z = torch.randint(-spread, spread + 1, (tokens, samples, latent), generator=generator)
+    w = torch.randint(-spread, spread + 1, (width, latent), generator=generator)
+    return z.float(), w.float()
+
+
+@pytest.mark.parametrize("spread", [1, 1000])
+@pytest.mark.parametrize(("width", "n"), [(8, 1), (48, 12), (64, 64), (72, 71), (1000, 250)])
+def test_masks_are_those_of_a_stable_sort(width: int, n: int, spread: int) -> None:
+    z, w = exact_scores(2, 2, 3, width, spread)
+    got = latent_masks_by_triton(z.to(DEVICE), w.to(DEVICE), n)
+    for k in range(2):
+        want = pack_bits(top_mask_sorted(z[:, k] @ w.t(), n))
+        assert torch.equal(got[:, k].cpu(), want)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 7.0, torch.inf])
+def test_all_scores_equal(value: float) -> None:
+    z, w = torch.full((1, 1, 1), value), torch.ones(64, 1)
+    w[::2] *= -1 if value == 0 else 1  # 0.0 and -0.0 are equal, too
+    bits = latent_masks_by_triton(z.to(DEVICE), w.to(DEVICE), 20)
+    want = pack_bits(torch.arange(64)[None] < 20)
+    assert torch.equal(bits[0].cpu(), want)
+
+
+def test_few_passes_find_the_threshold() -> None:
+    """A search bit by bit counts the scores 32 times."""
+    generator = torch.Generator().manual_seed(0)
+    for width, n in ((3072, 768), (3072, 96)):
+        z = torch.randn(3, 2, 8, generator=generator).to(DEVICE)
+        w = torch.randn(width, 8, generator=generator).to(DEVICE)
+        passes = torch.empty(6, dtype=torch.int32, device=DEVICE)
+        kernels.latent_masks(z, w, n, passes)
+        assert passes.float().mean() <= 8
+        assert passes.max() <= 16
+
+
+def test_no_tokens() -> None:
+    empty = torch.zeros(0, 2, 3, device=DEVICE)
+    assert latent_masks_by_triton(empty, torch.ones(16, 3, device=DEVICE), 4).shape == (0, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_activation_equals_the_twin(activation: str, hard: bool, dtype: torch.dtype) -> None:
+    tokens, samples, latent, width = 5, 2, 4, 136
+    torch.manual_seed(0)
+    z, w = torch.randn(tokens, samples, latent), torch.randn(width, latent)
+    hidden = torch.randn(tokens, width * (2 if activation == "swiglu" else 1)).to(dtype)
+    da = torch.randn(tokens, width).to(dtype)
+    bits = latent_masks_by_triton(z.to(DEVICE), w.to(DEVICE), 40)
+
+    got = [t.clone().to(DEVICE).requires_grad_() for t in (hidden, z, w)]
+    rule = MaskRule(hard, 1.5)
+    a = masked_activation_by_triton(*got, bits, rule=rule, activation=activation)
+    got_all = [a, *torch.autograd.grad(a, got, da.to(DEVICE))]
+
+    want = [t.double().requires_grad_() for t in (hidden, z, w)]
+    a = masked_activation_loop(
+        *want, choose=lambda k, *_: bits[:, k].cpu(), rule=rule, activation=activation
+    )
+    want_all = [a, *torch.autograd.grad(a, want, da.double())]
+    for x, y in zip(got_all, want_all, strict=True):
+        assert_close(x, y, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("valid", [None, torch.arange(6) % 3 < 2])
+def test_a_layer_of_neurons_equals_torch(valid: torch.Tensor | None) -> None:
+    results = []
+    for backend in ("triton", "auto"):
+        torch.manual_seed(0)
+        options = {"granularity": "neuron", "ffn_dim": 64, "samples": 2}
+        config = MoEConfig.model_validate({"infinite": options, "backend": backend})
+        layer = config.build(dim=8, activation="swiglu").to(DEVICE)
+        x = torch.randn(6, 8).to(DEVICE).requires_grad_()
+        ids = torch.arange(6, device=DEVICE)
+        moved = None if valid is None else valid.to(DEVICE)
+        y, output = layer(x, MoEContext(3, token_ids_T=ids, valid_T=moved))
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(y.square().sum(), leaves)
+        results.append([y, output.stats.counts_E, *gradients])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 1e-5)
+
+
+def test_twice_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, 32), torch.randn(3, 2, 3), torch.randn(32, 3)]
+    results = []
+    for _ in range(2):
+        hidden, z, w = (t.clone().to(DEVICE).requires_grad_() for t in leaves)
+        bits = latent_masks_by_triton(z, w, 8)
+        rule = MaskRule(False, 1.0)
+        a = masked_activation_by_triton(hidden, z, w, bits, rule=rule, activation="gelu")
+        results.append([bits, a, *torch.autograd.grad(a.sum(), [hidden, z, w])])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
