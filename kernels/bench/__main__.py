@@ -1,0 +1,55 @@
+"""Check the kernels on a GPU, then time them beside every peer that is installed.
+
+    python kernels/bench --out docs/results/kernels_gpu.md
+
+Needs torch, triton and numpy, and a GPU; ends within --seconds. With --dry it needs no GPU: the
+checks run on a tiny problem in Triton's interpreter, and nothing is timed.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="kernels/bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the document to write")
+    parser.add_argument("--seconds", type=float, default=500.0, help="time to end within")
+    parser.add_argument("--repeats", type=int, default=50, help="runs of each that are timed")
+    parser.add_argument("--shapes", nargs="*", help="parts of names of shapes; all if none")
+    parser.add_argument("--only", nargs="*", help="contenders; all that are importable if none")
+    parser.add_argument("--tune", action="store_true", help="measure all tile shapes first")
+    parser.add_argument("--dry", action="store_true", help="checks alone, without a GPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 1 where a check fails, 2 without a GPU."""
+    started, options = time.monotonic(), parse(arguments)
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    import torch
+    from run import Bench, check
+
+    if options.dry:
+        return int(not check(torch.device("cpu"), torch.float32, 1e-5))
+    if not torch.cuda.is_available():
+        print("no GPU here; --dry runs the checks without one", file=sys.stderr)
+        return 2
+    if not check(torch.device("cuda"), torch.bfloat16, 1e-2):
+        return 1
+    bench = Bench(options, deadline=started + options.seconds)
+    bench.run()
+    if options.out:
+        options.out.write_text(bench.document())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Who is measured: ours, two ways in plain torch, and every other package that is importable.
+
+A contender is a function from a problem and its leaves to the output; one that cannot run here
+raises, and the table says why. Peers are called as their own documentation has it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dmoe_kernels.experts import experts_backward, experts_forward
+from dmoe_kernels.slots import sort_slots
+from problem import Problem
+from torch import Tensor
+
+Contender = Callable[[Problem, list[Tensor]], Tensor]
+
+
+class _Ours(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, w_up: Tensor, w_down: Tensor, ids_TK: Tensor
+    ) -> Tensor:
+        slots_R, *row_map, counts_E = sort_slots(ids_TK, len(w_up))
+        weights_R = weights_TK.flatten().index_select(0, slots_R)
+        y_TD, z_RH = experts_forward(
+            x_TD, tuple(row_map), weights_R, counts_E, w_up, w_down, "swiglu"
+        )
+        ctx.save_for_backward(x_TD, weights_R, w_up, w_down, z_RH, counts_E, slots_R, *row_map)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_R, w_up, w_down, z_RH, counts_E, slots_R, *row_map = ctx.saved_tensors
+        dx_TD, dweights_R, dw_up, dw_down = experts_backward(
+            dy_TD.contiguous(),
+            x_TD,
+            z_RH,
+            tuple(row_map),
+            weights_R,
+            counts_E,
+            w_up,
+            w_down,
+            "swiglu",
+            w_up.dtype,
+        )
+        dweights_TK = torch.empty_like(dweights_R).scatter_(0, slots_R, dweights_R)
+        return dx_TD, dweights_TK.view(len(x_TD), -1), dw_up, dw_down, None
+
+
+def ours(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run the kernels of this package, sort of the slots included."""
+    return _Ours.apply(*leaves, problem.ids_TK)
+
+
+def torch_loop(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run an expert after the other: what defines the result."""
+    x_TD, weights_TK, w_up, w_down = leaves
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for expert, (up, down) in enumerate(zip(w_up, w_down, strict=True)):
+        tokens, slots = (problem.ids_TK == expert).nonzero(as_tuple=True)
+        gate, value = F.linear(x_TD[tokens], up).chunk(2, -1)
+        rows = F.linear(F.silu(gate) * value, down) * weights_TK[tokens, slots, None]
+        y_TD = y_TD.index_add(0, tokens, rows.float())
+    return y_TD.to(x_TD.dtype)
+
+
+def grouped_mm(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run `torch.nn.functional.grouped_mm` on rows that are gathered before, summed after."""
+    x_TD, weights_TK, w_up, w_down = leaves
+    slots_R = problem.ids_TK.flatten().argsort(stable=True)
+    tokens_R = slots_R // problem.shape.top_k
+    counts_E = torch.bincount(problem.ids_TK.flatten(), minlength=len(w_up))
+    ends = counts_E.cumsum(0).to(torch.int32)
+    gate, value = F.grouped_mm(x_TD[tokens_R], w_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    rows = F.grouped_mm(F.silu(gate) * value, w_down.transpose(1, 2), offs=ends)
+    rows = rows * weights_TK.flatten()[slots_R, None].to(rows.dtype)
+    return torch.zeros_like(x_TD).index_add(0, tokens_R, rows)
+
+
+def hugging_face(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run transformers' experts of Qwen3 with its grouped_mm."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    x_TD, weights_TK, w_up, w_down = leaves
+    shape = problem.shape
+    config = Qwen3MoeConfig(
+        hidden_size=shape.dim,
+        moe_intermediate_size=shape.ffn_dim,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config)
+    experts.gate_up_proj, experts.down_proj = _parameter(w_up), _parameter(w_down)
+    return experts(x_TD, problem.ids_TK, weights_TK.to(x_TD.dtype))
+
+
+def liger(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run Liger's fused MoE."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    x_TD, weights_TK, w_up, w_down = leaves
+    return LigerFusedMoEFunction.apply(x_TD, w_up, w_down, problem.ids_TK, weights_TK)
+
+
+def scattermoe(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run ScatterMoE's gated network."""
+    from scattermoe.mlp import GLUMLP
+
+    x_TD, weights_TK, w_up, w_down = leaves
+    shape = problem.shape
+    with torch.device("meta"):
+        mlp = GLUMLP(
+            input_size=shape.dim,
+            hidden_size=shape.ffn_dim,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            activation=torch.nn.SiLU(),
+        )
+    mlp.experts.weight, mlp.output_experts.weight = _parameter(w_up), _parameter(w_down)
+    return mlp(x_TD, weights_TK.to(x_TD.dtype), problem.ids_TK)
+
+
+def sonicmoe(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run SonicMoE with the routing given; its gate and up rows alternate."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    x_TD, weights_TK, w_up, w_down = leaves
+    alternating = torch.stack(w_up.chunk(2, 1), 2).flatten(1, 2)
+    tokens = torch.arange(len(x_TD), device=x_TD.device, dtype=torch.int32)
+    y_TD, *_ = moe_general_routing_inputs(
+        x_TD,
+        weights_TK.flatten(),
+        tokens.repeat_interleave(problem.shape.top_k),
+        problem.ids_TK.flatten().int(),
+        alternating.permute(1, 2, 0),
+        None,
+        w_down.permute(1, 2, 0),
+        None,
+        problem.shape.num_experts,
+        torch.cuda.current_stream().cuda_stream,
+        ActivationType.SWIGLU,
+    )
+    return y_TD
+
+
+def megablocks(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run the grouped GEMM of MegaBlocks in place of torch's."""
+    from megablocks.grouped_gemm_util import ops
+
+    x_TD, weights_TK, w_up, w_down = leaves
+    slots_R = problem.ids_TK.flatten().argsort(stable=True)
+    tokens_R = slots_R // problem.shape.top_k
+    counts = torch.bincount(problem.ids_TK.flatten(), minlength=len(w_up)).cpu()
+    gate, value = ops.gmm(x_TD[tokens_R], w_up, counts, trans_b=True).chunk(2, -1)
+    rows = ops.gmm(F.silu(gate) * value, w_down, counts, trans_b=True)
+    rows = rows * weights_TK.flatten()[slots_R, None].to(rows.dtype)
+    return torch.zeros_like(x_TD).index_add(0, tokens_R, rows)
+
+
+def _parameter(tensor: Tensor) -> torch.nn.Parameter:
+    """Return the tensor as a parameter that shares its memory; its gradient stays on it."""
+    return torch.nn.Parameter(tensor.detach())
+
+
+CONTENDERS: dict[str, Contender] = {
+    "ours": ours,
+    "torch loop": torch_loop,
+    "grouped_mm": grouped_mm,
+    "transformers": hugging_face,
+    "Liger": liger,
+    "ScatterMoE": scattermoe,
+    "SonicMoE": sonicmoe,
+    "MegaBlocks": megablocks,
+}

@@ -1,0 +1,130 @@
+"""The run: checks that must hold, then one table row a shape and contender."""
+
+import argparse
+import time
+from typing import NamedTuple
+
+import measure
+import torch
+import triton
+from contenders import CONTENDERS, Contender
+from problem import SHAPES, TINY, Problem, Shape
+from tuning import tune
+
+_CHECKED = Shape("check", 2048, 512, 384, 16, 4)
+
+
+def check(device: torch.device, dtype: torch.dtype, tolerance: float) -> bool:
+    """Print and say whether ours is right, repeats bit for bit, and on a GPU replays in a graph."""
+    shape = _CHECKED if device.type == "cuda" else TINY
+    problem = Problem.make(shape, device, dtype)
+    good = True
+    for name, error in measure.errors(problem).items():
+        good &= error <= tolerance
+        print(f"error of {name:8} {error:.1e}  {'ok' if error <= tolerance else 'TOO LARGE'}")
+    same = measure.repeats_bit_for_bit(problem)
+    print(f"twice the same bits: {same}")
+    good &= same
+    if device.type == "cuda":
+        other = Problem.make(shape, device, dtype)
+        order = torch.randperm(shape.num_experts, device=device)
+        other.ids_TK = order[other.ids_TK]
+        replays = measure.replays_in_a_graph(problem, other)
+        print(f"replays in a CUDA graph on another routing: {replays}")
+        good &= replays
+    return good
+
+
+class Row(NamedTuple):
+    """What one contender did on one shape."""
+
+    shape: Shape
+    name: str
+    forward_ms: float
+    both_ms: float
+    saved: int
+    error: float
+
+
+class Bench:
+    """Goes over shapes and contenders until the time is up."""
+
+    def __init__(self, options: argparse.Namespace, deadline: float):
+        self.options, self.deadline = options, deadline
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.cublas = measure.cublas_tflops()
+        print(f"{torch.cuda.get_device_name()}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
+
+    def run(self) -> None:
+        """Measure shape after shape."""
+        parts = self.options.shapes or [""]
+        for shape in SHAPES:
+            if not any(part.lower() in shape.name.lower() for part in parts):
+                continue
+            if time.monotonic() > self.deadline:
+                self.note(f"{shape.name}: not measured, the time was up")
+                continue
+            self.run_shape(shape)
+            torch.cuda.empty_cache()
+
+    def run_shape(self, shape: Shape) -> None:
+        """Measure all contenders that can run, in turns."""
+        problem = Problem.make(shape, torch.device("cuda"), torch.bfloat16)
+        if self.options.tune:
+            tune(problem)
+        ready: dict[str, tuple[Contender, int, float]] = {}
+        for name, contender in CONTENDERS.items():
+            if self.options.only and name not in self.options.only:
+                continue
+            try:
+                # The first runs compile and tune.
+                measure.whole_step(contender, problem, problem.leaves())()
+                saved = measure.saved_bytes(contender, problem)
+                ready[name] = (contender, saved, measure.output_error(contender, problem))
+            except Exception as error:  # a peer may fail in any way
+                self.note(f"{shape.name}, {name}: {type(error).__name__}: {error}".splitlines()[0])
+        leaves = problem.leaves()
+        kinds = (measure.forward_step, measure.whole_step)
+        forward, both = (
+            measure.times_ms(
+                {name: kind(entry[0], problem, leaves) for name, entry in ready.items()},
+                self.options.repeats,
+            )
+            for kind in kinds
+        )
+        for name, (_, saved, error) in ready.items():
+            self.rows.append(Row(shape, name, forward[name], both[name], saved, error))
+            print(self.line(self.rows[-1]), flush=True)
+
+    def note(self, text: str) -> None:
+        """Keep and print what the table has no number for."""
+        self.notes.append(text)
+        print(text, flush=True)
+
+    def line(self, row: Row) -> str:
+        """Return a row of the table."""
+        forward = row.shape.forward_flop / row.forward_ms / 1e9
+        both = 3 * row.shape.forward_flop / row.both_ms / 1e9
+        return (
+            f"| {row.shape.name} | {row.name} | {row.forward_ms:.2f} | {forward:.0f} "
+            f"| {row.both_ms:.2f} | {both:.0f} | {both / self.cublas:.0%} "
+            f"| {row.saved / 1e6:.0f} | {row.error:.1e} |"
+        )
+
+    def document(self) -> str:
+        """Return the page."""
+        head = (
+            f"# Kernels on a GPU\n\n<!-- Written by `python kernels/bench`: do not edit. -->\n\n"
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
+            f"{triton.__version__}. bfloat16, random numbers and routing, the same for all;\n"
+            f"contenders take turns, the L2 cache is cold, medians of {self.options.repeats}. "
+            f"Sorting the slots is counted, the router is\nnot. A bfloat16 product of 8192^3 by "
+            f"cuBLAS in the same run: {self.cublas:.0f} TFLOP/s. The error is\nthat of the output "
+            f"against ours; ours was checked against float32 before.\n\n"
+            "| shape | contender | forward ms | TFLOP/s | forward and backward ms | TFLOP/s "
+            "| of cuBLAS | saved MB | error |\n"
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        )
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return head + "\n".join(map(self.line, self.rows)) + "\n" + (notes and f"{notes}\n")

@@ -1,0 +1,73 @@
+"""The benchmark's parts that need no GPU: its command line, its shapes, its checks, its twins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton: pip install triton")
+
+ROOT = Path(__file__).parents[3]
+BENCH = ROOT / "kernels" / "bench"
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_its_checks_hold_without_a_gpu() -> None:
+    result = run(str(BENCH), "--dry")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" ok\n") == 5
+    assert "twice the same bits: True" in result.stdout
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    result = run(str(BENCH), CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
+    assert result.returncode == 2
+    assert "no GPU here" in result.stderr
+
+
+def test_help_and_unknown_options() -> None:
+    assert "--seconds" in run(str(BENCH), "--help").stdout
+    assert run(str(BENCH), "--fast").returncode == 2
+
+
+def test_shapes_are_those_of_the_roofline() -> None:
+    code = "import json, problem; print(json.dumps([s.forward_flop for s in problem.SHAPES]))"
+    result = run("-c", code, PYTHONPATH=str(BENCH))
+    flop = [round(number / 1e12, 2) for number in json.loads(result.stdout)]
+    assert flop == [2.47, 3.3, 0.46, 6.6, 3.3, 1.65, 0.31]
+
+
+def test_contenders_in_torch_agree_and_the_table_has_a_row() -> None:
+    code = """
+import torch, contenders, measure, problem, run
+shape = problem.TINY
+made = problem.Problem.make(shape, torch.device("cpu"), torch.float32)
+named = contenders.CONTENDERS
+loop, fast = (named[name](made, made.leaves()) for name in ("torch loop", "grouped_mm"))
+print((loop - fast).norm().item())
+print(measure.saved_bytes(named["ours"], made))
+bench = run.Bench.__new__(run.Bench)
+bench.cublas = 700.0
+print(bench.line(run.Row(problem.SHAPES[0], "ours", 5.0, 15.0, 10**9, 1e-3)))
+"""
+    paths = f"{BENCH}{os.pathsep}{ROOT / 'kernels'}"
+    result = run("-c", code, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    difference, saved, row = result.stdout.splitlines()
+    assert float(difference) < 1e-4
+    rows, experts, width = 37 * 2, 5, 2 * 24
+    # x and z in float32, gates, and the maps in int64.
+    assert int(saved) == 4 * (37 * 32 + rows * width) + 4 * rows + 8 * (3 * rows + 37 + 1 + experts)
+    assert row == ("| Qwen3-30B-A3B | ours | 5.00 | 495 | 15.00 | 495 | 71% | 1000 | 1.0e-03 |")
