@@ -105,13 +105,13 @@ def candidates(kernel: str, itemsize: int, shared_memory: int, wgmma: bool) -> l
         itemsize: bytes of an element.
         shared_memory: bytes a program may use.
         wgmma: whether products read both sides from shared memory (sm_90): elsewhere a program that
-            holds more than 128 x 128 numbers spills.
+            holds more than 2048 numbers a warp, 128 x 128 for 8 of them, spills.
     """
     fitting = [
         config
         for config in CANDIDATES[kernel]
         if bytes_needed(kernel, config, itemsize) <= shared_memory
-        and (wgmma or _held(kernel, config) <= 128 * 128)
+        and (wgmma or _held(kernel, config) <= 2048 * config.warps)
     ]
     assert fitting, f"no config of {kernel} fits {shared_memory} bytes"
     return fitting
