@@ -3,8 +3,8 @@
 Nothing is drawn from a global generator, so a value does not depend on what was drawn before it,
 on the rank that draws it, or on whether it is drawn a second time under recomputation or after a
 resume. Streams in use: "init", "data", "blend", "k" (elastic), "co_activation",
-"second_choice", "router_jitter", "router_noise", "infinite" and "infinite_choice" (samples of a
-continuous space), "sample" (generation).
+"second_choice", "router_jitter", "router_noise", "expert_dropout", "infinite" and "infinite_choice"
+(samples of a continuous space), "sample" (generation).
 """
 
 import hashlib

@@ -14,6 +14,7 @@ from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.dispatch import DispatchName, build_dispatcher
 from dmoe.moe.elastic import ElasticConfig
 from dmoe.moe.experts import FeedForward, GroupedExperts
+from dmoe.moe.experts.dropout import dropout_factors
 from dmoe.moe.experts.zero_computation import ZeroComputationConfig, ZeroComputationExperts
 from dmoe.moe.infinite import (
     DeepNeuronLayer,
@@ -57,6 +58,9 @@ class MoEConfig(ConfigModel):
     losses: LossesConfig = Field(default_factory=LossesConfig)
     """Auxiliary losses; unless it is given, the load-balancing loss is off with `infinite` and with
     routers that have other means."""
+    expert_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the neurons of each routed expert that fall out for a token in training (Switch
+    fine-tunes with 0.4). The experts then run one after the other, whatever the backend."""
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
     backend: Backend = "auto"
@@ -115,6 +119,17 @@ class MoEConfig(ConfigModel):
                     key=key,
                 )
         self.router.check(self)
+
+    @model_validator(mode="after")
+    def _dropout_has_experts(self) -> "MoEConfig":
+        if self.expert_dropout and self.infinite is None and self.router.stands_for_layer:
+            raise ConfigError(
+                f"expert_dropout = {self.expert_dropout:g} is for experts that tokens are sent to "
+                f"by the ordinary layer, but router.name = {self.router.name} has a layer of its "
+                f"own: leave expert_dropout out",
+                key="expert_dropout",
+            )
+        return self
 
     @model_validator(mode="after")
     def _router_is_elastic(self) -> "MoEConfig":
@@ -283,8 +298,9 @@ class MoELayer(SparseLayer):
             dims=dims,
             backend=config.backend,
         )
+        self.local_experts = dims.local_experts(config.num_networks)
         self.experts = GroupedExperts(
-            num_local=len(dims.local_experts(config.num_networks)),
+            num_local=len(self.local_experts),
             dim=dim,
             ffn_dim=config.expert_width,
             activation=activation,
@@ -307,7 +323,8 @@ class MoELayer(SparseLayer):
         if self.config.capacity is not None:
             served = apply_capacity(sent, self.config.capacity, context)
         rows, counts_e, handle = self.dispatcher.dispatch(x_TD, served)
-        y_ND = self.experts(rows, counts_e)
+        factors_RF = self._dropout(served, counts_e, context)
+        y_ND = self.experts(rows, counts_e, factors_RF)
         y_TD = self.dispatcher.combine(y_ND, handle)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
@@ -338,6 +355,24 @@ class MoELayer(SparseLayer):
         if "z" in weights:
             losses["z"] = z_loss(routing.logits_TE, context.totals, context.valid_T)
         return losses
+
+    def _dropout(self, served: Routing, counts_e: Tensor, context: MoEContext) -> Tensor | None:
+        """Return the factors of the neurons of each routed row, where some fall out."""
+        rate = self.config.expert_dropout
+        if not rate or not context.training:
+            return None
+        assert context.token_ids_T is not None, "dropout needs the tokens' numbers"
+        # The numbers of the tokens go the way of the tokens; float64 holds them exactly.
+        rows, _, _ = self.dispatcher.dispatch(context.token_ids_T[:, None].double(), served)
+        return dropout_factors(
+            rate,
+            rows.gather()[:, 0].long(),
+            counts_e,
+            first=self.local_experts.start,
+            num_experts=self.config.experts,
+            width=self.config.expert_width,
+            context=context,
+        )
 
     @property
     def wide_modules(self) -> list[nn.Module]:

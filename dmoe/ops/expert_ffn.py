@@ -63,12 +63,18 @@ def expert_ffn_loop(
     w_down_EDF: Tensor,
     *,
     activation: Activation,
+    factors_RF: Tensor | None = None,
 ) -> Tensor:
-    """Define `expert_ffn`: the same arguments, an expert at a time, autograd for the gradients."""
+    """Define `expert_ffn`: the same arguments, an expert at a time, autograd for the gradients.
+
+    `factors_RF` multiplies the activations (expert dropout), which the fast paths cannot.
+    """
     x_RD = gather_loop(x_ND, rows)
+    counts = counts_E.tolist()
+    factors = [1.0] * len(counts) if factors_RF is None else factors_RF.to(x_ND).split(counts)
     outputs = []
-    for expert, x in enumerate(x_RD.split(counts_E.tolist())):
-        hidden = F.linear(x, w_up[expert])
+    for expert, x in enumerate(x_RD.split(counts)):
+        hidden = F.linear(x, w_up[expert].to(x.dtype))
         if activation == "swiglu":
             gate, up = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * up
@@ -76,7 +82,8 @@ def expert_ffn_loop(
             hidden = F.gelu(hidden, approximate="tanh")
         else:
             hidden = F.relu(hidden)
-        outputs.append(F.linear(hidden, w_down_EDF[expert]))
+        hidden = hidden * factors[expert]
+        outputs.append(F.linear(hidden, w_down_EDF[expert].to(x.dtype)))
     return gather_sum_loop((torch.cat(outputs) * weights_R[:, None]).to(x_ND.dtype), rows)
 
 

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "capacity": {"factor": 1.0, "minimum": 0, "group": 8},
         "losses": {"load_balance_scope": 8, "load_balance_choices": "first"},
     },
+    "expert_dropout": {"expert_dropout": 0.4},
     "soft_gate": {"router": {"name": "soft_gate"}},
     "noisy_top_k": {"router": {"name": "noisy_top_k"}},
     "hierarchical": {"router": {"name": "hierarchical", "num_groups": 4}},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.moe.dispatch import Rows
-from dmoe.ops import Activation, Backend, expert_ffn
+from dmoe.ops import Activation, Backend, expert_ffn, expert_ffn_loop
 
 
 class GroupedExperts(nn.Module):
@@ -34,16 +34,13 @@ class GroupedExperts(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, rows: Rows, counts_e: Tensor) -> Tensor:
-        """Return y_ND, for each source the sum of its rows' outputs times their gates."""
+    def forward(self, rows: Rows, counts_e: Tensor, factors_RF: Tensor | None = None) -> Tensor:
+        """Return y_ND, for each source the sum of its rows' outputs times their gates.
+
+        `factors_RF`, if there are any, multiply what each row's neurons make.
+        """
         w_up = self.w_gate_up_E2FD if self.activation == "swiglu" else self.w_up_EFD
-        return expert_ffn(
-            rows.x_ND,
-            rows.map,
-            rows.weights_R,
-            counts_e,
-            w_up,
-            self.w_down_EDF,
-            activation=self.activation,
-            backend=self.backend,
-        )
+        arguments = (rows.x_ND, rows.map, rows.weights_R, counts_e, w_up, self.w_down_EDF)
+        if factors_RF is not None:
+            return expert_ffn_loop(*arguments, activation=self.activation, factors_RF=factors_RF)
+        return expert_ffn(*arguments, activation=self.activation, backend=self.backend)

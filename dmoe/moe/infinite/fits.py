@@ -38,6 +38,7 @@ def check_infinite(infinite: InfiniteConfig, moe: "MoEConfig") -> None:
     for key, given in (
         ("capacity", moe.capacity and f"factor {moe.capacity.factor}"),
         ("num_shared_experts", moe.num_shared_experts),
+        ("expert_dropout", moe.expert_dropout),
         ("losses", ", ".join(f"{n} {w}" for n, w in moe.losses.weights().items())),
     ):
         if given:
