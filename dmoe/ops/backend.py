@@ -19,13 +19,14 @@ _MANY_GROUPS = 64
 
 
 def resolve_backend(
-    backend: Backend, device: torch.device, num_groups: int, dtype: torch.dtype = torch.bfloat16
+    backend: Backend, device: torch.device, num_groups: int, dtype: torch.dtype = torch.float32
 ) -> ResolvedBackend:
     """Return the backend that is used on a device, for so many groups (local experts).
 
-    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product. "auto"
-    is never "triton" until its kernels have been measured on a GPU. Rows in float64 are always
-    worked by "loop".
+    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product, and in
+    narrow dtypes one that compiles each product anew, as no two have as many rows. "auto" is never
+    "triton" until its kernels have been measured on a GPU. Rows in float64 are always worked by
+    "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -38,7 +39,8 @@ def resolve_backend(
         return "loop"
     if backend != "auto":
         return backend
-    return "loop" if device.type == "cpu" and num_groups < _MANY_GROUPS else "torch"
+    by_loop = num_groups < _MANY_GROUPS or dtype.itemsize < 4
+    return "loop" if device.type == "cpu" and by_loop else "torch"
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:

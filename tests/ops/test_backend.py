@@ -8,9 +8,10 @@ from dmoe.ops.backend import resolve_backend
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_the_loop_on_a_cpu_and_torch_elsewhere() -> None:
+def test_auto_is_the_loop_on_a_cpu_and_torch_for_many_experts_and_elsewhere() -> None:
     assert resolve_backend("auto", CPU, 8) == "loop"
     assert resolve_backend("auto", CPU, 128) == "torch"
+    assert resolve_backend("auto", CPU, 128, torch.bfloat16) == "loop"
     assert resolve_backend("auto", GPU, 8) == "torch"
     assert resolve_backend("torch", CPU, 8) == "torch"
 
