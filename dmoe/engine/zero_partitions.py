@@ -169,11 +169,17 @@ class Partitions:
         ]
 
     def _ranges_of_all_ranks(self) -> dict[str, list[range]]:
-        own = {name: place.elements for name, place in self._places.items()}
-        every: list[Any] = [own] * self._dims.world_size
+        ends = [(place.elements.start, place.elements.stop) for place in self._places.values()]
+        own = torch.tensor(ends, dtype=torch.int64)
+        every = [own]
         if self._dims.world_group is not None:
-            dist.all_gather_object(every, own, group=self._dims.world_group)
-        return {name: [ranges[name] for ranges in every] for name in own}
+            every = [torch.empty_like(own) for _ in range(self._dims.world_size)]
+            dist.all_gather(every, own, group=self._dims.world_group)
+        of_ranks = [ends_of_rank.tolist() for ends_of_rank in every]
+        return {
+            name: [range(*ends_of_rank[number]) for ends_of_rank in of_ranks]
+            for number, name in enumerate(self._places)
+        }
 
     def _counts(self, name: str) -> tuple[list[int], list[int]]:
         """Return the elements sent to each rank, and received from it, to have rows of one's own.
