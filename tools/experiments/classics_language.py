@@ -30,10 +30,10 @@ from dmoe.models.decoder import lm_loss
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 
-STEPS, LR, WARMUP = 100, 8e-3, 10
-SEQ_LEN, SEQUENCES, PER_DOMAIN = 64, 4, 1
+STEPS, LR, WARMUP = 400, 8e-3, 20
+SEQ_LEN, SEQUENCES, PER_DOMAIN = 64, 12, 1
 """Tokens of a sequence, sequences of a micro-batch, micro-batches of a domain in a step."""
-EVAL_EVERY, EVAL_BATCHES = 25, 4
+EVAL_EVERY, EVAL_BATCHES = 50, 8
 """Steps between measurements, and micro-batches of each domain in one."""
 SEEDS = (0, 1, 2)
 HELD_OUT = 0.1
@@ -231,7 +231,8 @@ def report(
 ) -> None:
     """Write the page of all runs that are there."""
     rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    write_report(rows, page, list(ARMS["balance"]), list(ARMS["choice"]))
+    tokens_of_domain = SEQ_LEN * SEQUENCES * PER_DOMAIN
+    write_report(rows, page, list(ARMS["balance"]), list(ARMS["choice"]), tokens_of_domain)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,10 @@ between measurements.
 """
 
 
-def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: list[str]) -> None:
-    """Write the page."""
+def write_report(
+    rows: Sequence[Json], page: Path, balance: list[str], choice: list[str], tokens_of_domain: int
+) -> None:
+    """Write the page; a step has `tokens_of_domain` bytes of each domain."""
     first = rows[0]
     by_arm = {(row["experiment"], row["arm"]): [] for row in rows}
     for row in rows:
@@ -56,7 +58,7 @@ def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: l
     text = TEXT.format(
         domains=", ".join(first["domains"]),
         steps=first["steps"],
-        tokens=64 * 4 * len(first["domains"]),
+        tokens=tokens_of_domain * len(first["domains"]),
     )
     balances = {arm: by_arm["balance", arm] for arm in balance if ("balance", arm) in by_arm}
     if balances:
@@ -80,6 +82,14 @@ def write_report(rows: Sequence[Json], page: Path, balance: list[str], choice: l
         }
         found = _ranking(choices, "loss")
         text += CHOICE.format(choice=_table(columns, choices), choice_found=found)
+    missing = [
+        arm
+        for experiment, arms in (("balance", balance), ("choice", choice))
+        for arm in arms
+        if (experiment, arm) not in by_arm
+    ]
+    if missing:
+        text += f"\nNot measured: {', '.join(missing)}.\n"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)
 
