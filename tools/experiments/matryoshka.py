@@ -58,7 +58,7 @@ def train(
     arms: Arms = ALL_ARMS,
     match: Matches = "tokens,flops",
     steps: Steps = None,
-    eval_tokens: EvalTokens = 100_000,
+    eval_tokens: EvalTokens = 40_000,
     jobs: Jobs = 2,
     threads: Threads = 1,
     overrides: Overrides = None,
