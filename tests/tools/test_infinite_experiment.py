@@ -159,7 +159,7 @@ def test_arms_have_equal_parameters() -> None:
         if arm != "dense_total":
             assert active[arm] == pytest.approx(active["neuron"], rel=0.05)
     for arm in arms_of("deep"):
-        assert num_params(arm_config(arm).model) == pytest.approx(total["neuron"], rel=0.01)
+        assert num_params(arm_config(arm).model) == pytest.approx(total["neuron"], rel=0.015)
 
 
 def test_the_sweep_changes_the_latent_space_alone() -> None:

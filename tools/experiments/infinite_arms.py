@@ -48,33 +48,33 @@ def _top_k(title: str, num_experts: int, width: int, router: str) -> Arm:
 
 def _infinite(title: str, group: Group, *, latent_dim: int = LATENT_DIM, keys: str = "") -> Arm:
     space = f"samples: {TRAINED_SAMPLES}, active_fraction: 0.25, latent_dim: {latent_dim}"
-    keys = keys or "granularity: neuron, ffn_dim: 1024"
+    keys = keys or "granularity: neuron, ffn_dim: 736"
     return Arm(title, group, (f"model.moe.infinite={{{space}, {keys}}}",))
 
 
-def _deep(title: str, keys: str) -> Arm:
-    # Two layers of 400 neurons have as many parameters as one of 1024.
-    return _infinite(title, "deep", keys=f"ffn_dim: 400, deep: {{layers: 2, {keys}}}")
+def _deep(title: str, keys: str, width: int = 296) -> Arm:
+    # Two layers of 296 neurons have as many parameters as one of 736; with a router each, of 288.
+    return _infinite(title, "deep", keys=f"ffn_dim: {width}, deep: {{layers: 2, {keys}}}")
 
 
 ARMS = {
-    "dense_active": _dense("dense, as wide as the active neurons", 592),
-    "dense_total": _dense("dense, as wide as all neurons", 1104),
-    "switch": _top_k("Switch, top-1 of 2", 2, 552, "{name: top_k, top_k: 1, normalize: false}"),
-    "top2": _top_k("MoE, top-2 of 4", 4, 276, "{name: top_k, top_k: 2}"),
+    "dense_active": _dense("dense, as wide as the active neurons", 409),
+    "dense_total": _dense("dense, as wide as all neurons", 777),
+    "switch": _top_k("Switch, top-1 of 2", 2, 388, "{name: top_k, top_k: 1, normalize: false}"),
+    "top2": _top_k("MoE, top-2 of 4", 4, 194, "{name: top_k, top_k: 2}"),
     "neuron": _infinite("infinity-MoE, neuron", "compared"),
     "block": _infinite(
         "infinity-MoE, block of 32",
         "compared",
-        keys="granularity: block, ffn_dim: 1088, block_size: 32",
+        keys="granularity: block, ffn_dim: 768, block_size: 32",
     ),
     "mixture": _infinite(
         "mixture of 4 Gaussians",
         "router",
-        keys="ffn_dim: 1024, router: {name: mixture, components: 4, mean: argmax}",
+        keys="ffn_dim: 736, router: {name: mixture, components: 4, mean: argmax}",
     ),
     "deep_shared": _deep("2 layers, shared z", "latent: shared"),
-    "deep_independent": _deep("2 layers, a z each", "latent: independent"),
+    "deep_independent": _deep("2 layers, a z each", "latent: independent", width=288),
     "deep_hierarchical": _deep("2 layers, z from z", "latent: hierarchical"),
     "deep_mean": _deep("2 layers, shared, mean in the second", "mean_after_first: true"),
     **{

@@ -56,10 +56,10 @@ _INTRO = f"""Written by `python tools/experiments/infinite.py report`; do not ed
 Infinity-MoE (arXiv 2601.17680) draws {TRAINED_SAMPLES} points of a latent space for each token, and
 each switches on a quarter of the neurons of one wide network. Here it is compared with dense
 networks, Switch and top-2 of 4 experts, on a model of bytes small enough for two CPU cores:
-`tools/experiments/infinite.yaml`, GPT-2 with another feed-forward part in each arm. All arms but
-the narrow dense one have the same number of parameters, the router and the space of the neuron arm
-included, and the sparse ones and the narrow dense one about the same number of active ones. The
-arms of the d_z sweep differ in W_z and the router, which grow with d_z.
+`tools/experiments/infinite.yaml`, of the Llama family with another feed-forward part, gated, in
+each arm. All arms but the narrow dense one have the same number of parameters, the router and the
+space of the neuron arm included, and the sparse ones and the narrow dense one about the same number
+of active ones. The arms of the d_z sweep differ in W_z and the router, which grow with d_z.
 
 Losses are nats a byte of held-out text, mean ± standard deviation over seeds; a seed changes the
 initial weights and the order of the text alike in all arms, so differences are taken within seeds.
@@ -94,7 +94,8 @@ def _text(text: Text) -> list[str]:
         "### The router",
         _losses(text, "router"),
         "### Several masked layers",
-        "Two layers of 400 neurons, half of them active in each, so that a quarter is left.",
+        "Two layers of 296 neurons (288 with a router each), half of them active in each, so that "
+        "a quarter is left.",
         _losses(text, "deep"),
         "### Use of neurons in training",
         "Mean over the layers, of the tokens of one step; mean over seeds. Entropy is that of the "
