@@ -62,17 +62,24 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
         try:
             rank, value, error = results.get(timeout=0.2)
         except queue.Empty:
+            _check_exit_codes(processes)
             waiting = [rank for rank in range(len(processes)) if rank not in values]
-            for rank in waiting:
-                code = processes[rank].exitcode
-                # A rank that ended well may still have its result in the pipe: only a bad exit is
-                # final.
-                assert code in (None, 0), f"rank {rank} died with exit code {code}"
             assert time.monotonic() < deadline, f"ranks {waiting} did not finish in {timeout} s"
             continue
+        if error is not None:
+            # A rank that dies takes others with it: their connections close a moment earlier.
+            time.sleep(0.2)
+            _check_exit_codes(processes)
         assert error is None, f"rank {rank} failed:\n{error}"
         values[rank] = value
     return [values[rank] for rank in range(len(processes))]
+
+
+def _check_exit_codes(processes: list[Any]) -> None:
+    """A rank that ended well may still have its result in the pipe: only a bad exit is final."""
+    for rank, process in enumerate(processes):
+        code = process.exitcode
+        assert code in (None, 0), f"rank {rank} died with exit code {code}"
 
 
 def _worker(

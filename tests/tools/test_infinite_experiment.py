@@ -68,7 +68,7 @@ def test_runs_are_measured_at_every_number(out: Path) -> None:
     assert len({use["loss"] for use in neuron.values()}) == len(SAMPLES)
     for number, use in neuron.items():
         masks = 1 if number == "mean" else int(number)
-        assert use["k_mean_L"] == pytest.approx([masks * 256] * 2)
+        assert use["k_mean_L"] == pytest.approx([masks * 184] * 2)
         active = use["means_L"]["active"]
         assert all(0.25 <= share <= min(1, 0.25 * masks) + 1e-6 for share in active)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from harness import Settings, measure, parse_settings, peer_version, ratio, report
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dmoe.config import load_config
 from dmoe.data import MicroBatch
@@ -28,7 +30,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NUM_RANKS, EP = 2, 2
 ENGINES = [("native", 2), ("deepspeed", 1), ("deepspeed", 2), ("native", 3), ("deepspeed", 3)]
 REFERENCE = {1: "native 2", 2: "native 2", 3: "native 3"}
-KINDS = ("parameters", "compute_weights", "gradients", "optimizer")
+KINDS = ("parameters", "compute_weights", "gradients", "optimizer", "activations")
 Memory = dict[str, int]
 
 
@@ -87,8 +89,38 @@ def times(precision: str, settings: Settings) -> dict[str, list[float]]:
     return measure(steps, settings)
 
 
+class Kept:
+    """The storages that autograd keeps for the backward pass, without weights and logits."""
+
+    def __init__(self, engine: Any, config: Config):
+        self.model = engine.model
+        train = config.train
+        self.num_logits = train.micro_batch_size * train.seq_len * config.model.vocab_size
+        self.sizes: dict[int, int] = {}
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Count a tensor, once for each storage. Gathered weights are parameters by now."""
+        local = getattr(tensor, "_local_tensor", tensor)
+        storage = local.untyped_storage()
+        weights = {
+            getattr(p, "_local_tensor", p).untyped_storage().data_ptr()
+            for p in self.model.parameters()
+        }
+        if storage.data_ptr() not in weights and local.numel() != self.num_logits:
+            self.sizes.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Sum of all."""
+        return sum(self.sizes.values())
+
+
 def held(config: Config) -> Memory:
-    """Return the bytes by kind that this rank holds between the backward pass and the update."""
+    """Return the bytes by kind that this rank holds between the backward pass and the update.
+
+    Of activations, those that are kept between the forward and the backward pass.
+    """
     rank = torch.distributed.get_rank()
     batch = random_batch(config, rank)
     before = live_bytes()
@@ -104,7 +136,9 @@ def held(config: Config) -> Memory:
         computing = [getattr(parameter, "ds_tensor", parameter) for parameter in given]
     moments = [m[key] for s in states for m in s.values() for key in ("exp_avg", "exp_avg_sq")]
     position = StepPosition(0, 0, NUM_RANKS * config.train.micro_batch_size, NUM_RANKS)
-    engine.forward_backward([batch], position)
+    kept = Kept(engine, config)
+    with saved_tensors_hooks(kept.save, lambda tensor: tensor):
+        engine.forward_backward([batch], position)
     memory = {
         "parameters": storage_bytes(masters),
         "compute_weights": storage_bytes(computing),
@@ -112,7 +146,7 @@ def held(config: Config) -> Memory:
     }
     # Nothing else lives on at this moment.
     memory["gradients"] = live_bytes() - before - sum(memory.values())
-    return memory
+    return memory | {"activations": kept.bytes}
 
 
 def compare(name: str, stage: int, precision: str) -> tuple[Memory, Memory]:
@@ -155,9 +189,10 @@ def report_memory() -> None:
     report(
         "Engines: memory of a rank",
         f"MiB measured / estimated by `dmoe estimate`, of rank 0 of {NUM_RANKS} with ep {EP}, "
-        "configs/quickstart.yaml, between the backward pass and the update. What is gathered or "
-        "cast while layers compute is gone by then, and so are activations and gradients on their "
-        "way; of compute weights only what DeepSpeed holds for good is measured.",
+        "configs/quickstart.yaml, between the backward pass and the update; activations are what "
+        "autograd keeps between the forward and the backward pass, estimated for balanced experts. "
+        "What is gathered or cast while layers compute, and gradients on their way, is gone by "
+        "then; of compute weights only what DeepSpeed holds for good is measured.",
         ["precision", "engine", "stage", *(kind.replace("_", " ") for kind in KINDS)],
         rows,
         peers=peer_version("deepspeed"),
