@@ -21,9 +21,9 @@ from dmoe.engine.gradients import Gradients, clip_factor
 from dmoe.engine.loss_scale import LossScale
 from dmoe.engine.passes import Passes
 from dmoe.engine.sharding import global_state, reshard, shard_experts, shard_wide, sum_gradients
-from dmoe.engine.zero_config import deepspeed_settings
+from dmoe.engine.zero_config import deepspeed_settings, uses_nvme
 from dmoe.engine.zero_partitions import Partitions
-from dmoe.engine.zero_setup import load_deepspeed, silent_start
+from dmoe.engine.zero_setup import load_async_io, load_deepspeed, silent_start
 from dmoe.models import DecoderLM, ModelConfig, Recompute, build_model, init_weights
 from dmoe.models.decoder import is_expert
 from dmoe.models.precision import COMPUTE_DTYPES
@@ -73,6 +73,8 @@ class DeepSpeedEngine:
             extra=config.deepspeed,
             num_elements=sum(p.numel() for p in dense.values()),
         )
+        if uses_nvme(settings):
+            load_async_io()
         with _out_of_sight(self.model, self.own), silent_start():
             self.zero, *_ = deepspeed.initialize(
                 model=self.model, optimizer=self.dense_optimizer, config=settings
@@ -84,8 +86,7 @@ class DeepSpeedEngine:
             dims,
             device,
         )
-        for name, values in whole.items():
-            self.partitions.fill_master(name, values, dtype)
+        self.partitions.fill_masters(whole, dtype)
         self.loss_scale = LossScale(enabled=config.precision == "fp16")
         self.passes = Passes(
             self.model, dims, device, recompute, forward=self.zero, backward=self._backward

@@ -51,6 +51,7 @@ _CANNOT_BE = {
     "zero_optimization.round_robin_gradients": "DeepSpeed 0.19 then tells wrongly which rank owns "
     "which weights, and a checkpoint would mix them up",
 }
+_OPTIMIZER_DEVICE = "zero_optimization.offload_optimizer.device"
 
 
 def deepspeed_settings(
@@ -70,6 +71,7 @@ def deepspeed_settings(
     given = dict(_leaves(extra))
     for path, value in given.items():
         _check_may_be_set(path, value)
+    _check_nvme(given, stage)
     ours = dict(_leaves(_fixed(stage, precision)))
     for path, value in given.items():
         if path in ours and ours[path] != value:
@@ -96,10 +98,34 @@ def _check_may_be_set(path: str, value: Any) -> None:
             raise ConfigError(
                 f"engine.{key} = {value} does not go with dmoe: {reason}; remove it", key=key
             )
-    if path.endswith(".device") and value == "nvme":
+
+
+def uses_nvme(settings: Mapping[str, Any]) -> bool:
+    """Say whether optimizer state lies on a disk."""
+    return dict(_leaves(settings)).get(_OPTIMIZER_DEVICE) == "nvme"
+
+
+def _check_nvme(given: Mapping[str, Any], stage: int) -> None:
+    if given.get("zero_optimization.offload_param.device") == "nvme":
+        key = "deepspeed.zero_optimization.offload_param.device"
         raise ConfigError(
-            f"engine.{key} = nvme does not go with dmoe: what lies on a disk is out of the reach "
-            f"of checkpoints in the one format of all engines; set it to cpu",
+            f"engine.{key} = nvme does not go with dmoe, which was not tried with weights on a "
+            f"disk: set it to cpu, and {_OPTIMIZER_DEVICE} to nvme",
+            key=key,
+        )
+    if given.get(_OPTIMIZER_DEVICE) != "nvme":
+        return
+    key = f"deepspeed.{_OPTIMIZER_DEVICE}"
+    if stage != 3:
+        raise ConfigError(
+            f"engine.{key} = nvme needs ZeRO 3, and engine.zero_stage is {stage}: set the stage to "
+            f"3, or the device to cpu",
+            key=key,
+        )
+    folder = "zero_optimization.offload_optimizer.nvme_path"
+    if not given.get(folder):
+        raise ConfigError(
+            f"engine.{key} = nvme, but no folder is given for it: set engine.deepspeed.{folder}",
             key=key,
         )
 

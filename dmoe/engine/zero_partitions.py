@@ -7,7 +7,8 @@ exchange elements when it is saved or loaded.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +64,13 @@ class Partitions:
         if self._mesh is not None and device.type != "cpu":
             # Whole rows of everything would be a burden on a GPU that is full already.
             self._mesh = DeviceMesh("cpu", torch.arange(dims.world_size))
-        for flat in self._flats:
+        for number, flat in enumerate(self._flats):
             # In place before the first step, so that they can be saved and loaded.
-            optimizer.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-            }
+            with self._at_hand(number):
+                optimizer.optimizer.state[flat] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                    **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+                }
 
     @property
     def steps(self) -> list[Tensor]:
@@ -88,26 +90,28 @@ class Partitions:
         # DeepSpeed puts -1 in the place of what is not finite.
         return torch.where(norms < 0, math.inf, norms).norm().item()
 
-    def fill_master(self, name: str, whole: Tensor, dtype: torch.dtype) -> None:
-        """Set this rank's range of the float32 weights from a whole parameter.
+    def fill_masters(self, whole: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Set this rank's ranges of the float32 weights from whole parameters.
 
         Raises:
-            AssertionError: it is not what DeepSpeed has there, but for the rounding to `dtype`.
+            AssertionError: one is not what DeepSpeed has there, but for the rounding to `dtype`.
         """
-        elements = self._places[name].elements
-        values = whole.flatten()[elements.start : elements.stop]
-        master = self._pieces(name)[0]
-        assert torch.equal(master, values.to(dtype).to(master)), (
-            f"DeepSpeed holds something else than the elements {elements} of {name} on rank "
-            f"{self._dims.rank}"
-        )
-        master.copy_(values)
+        for name in self._one_after_the_other():
+            elements = self._places[name].elements
+            values = whole[name].flatten()[elements.start : elements.stop]
+            master = self._pieces(name)[0]
+            assert torch.equal(master, values.to(dtype).to(master)), (
+                f"DeepSpeed holds something else than the elements {elements} of {name} on rank "
+                f"{self._dims.rank}"
+            )
+            master.copy_(values)
 
     @torch.no_grad()
     def to_rows(self) -> dict[str, Tensor]:
         """Return weights and moments in host memory under global names, each rank with its rows."""
         state: dict[str, Tensor] = {}
-        for name, shape in self._shapes.items():
+        for name in self._one_after_the_other():
+            shape = self._shapes[name]
             counts_sent, counts_received = self._counts(name)
             pieces = torch.stack(self._pieces(name), dim=1).to(self._device)
             rows = all_to_all_rows(pieces, counts_sent, counts_received, self._dims.world_group)
@@ -118,7 +122,7 @@ class Partitions:
     @torch.no_grad()
     def from_rows(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `to_rows` returned, and let the weights that compute follow."""
-        for name in self._shapes:
+        for name in self._one_after_the_other():
             counts_received, counts_sent = self._counts(name)
             locals_ = [
                 value.to_local() if isinstance(value, DTensor) else value
@@ -128,20 +132,41 @@ class Partitions:
             pieces = all_to_all_rows(rows, counts_sent, counts_received, self._dims.world_group)
             for piece, column in zip(self._pieces(name), pieces.unbind(1), strict=True):
                 piece.copy_(column)
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Let the weights that compute follow the float32 ones."""
         optimizer = self._optimizer
         if not self._is_stage_3:
             optimizer.update_lp_params()
             return
         optimizer._partition_all_parameters()
-        for index in range(len(self._flats)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        for number in range(len(self._flats)):
+            with self._at_hand(number):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
         # Small parameters stay whole on every rank.
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _one_after_the_other(self) -> Iterator[str]:
+        """Yield all names, each while its weights and moments are in memory, alike on all ranks."""
+        if not self._is_stage_3:
+            yield from self._places
+            return
+        for number in range(len(self._flats)):
+            with self._at_hand(number):
+                yield from (name for name, place in self._places.items() if place.flat == number)
+
+    @contextmanager
+    def _at_hand(self, number: int) -> Iterator[None]:
+        """Bring a flat tensor and its moments from NVMe, and write them back, if they lie there."""
+        optimizer = self._optimizer
+        on_disk = self._is_stage_3 and optimizer._swappable_optimizer_subgroup(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _find(self, parameter: Any, size: int) -> _Place:
         if self._is_stage_3:

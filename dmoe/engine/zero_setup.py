@@ -9,21 +9,27 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import _get_build_directory
 
 from dmoe.config.base import ConfigError
+
+_LONGEST_BUILD_S = 30 * 60
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
     """Import DeepSpeed and let it use the process group of this job, or one of this process alone.
 
-    None of its extensions is built: what dmoe uses of it is Python.
+    None of its extensions is built, but for optimizer state on NVMe: what dmoe uses of it else is
+    Python.
 
     Raises:
         ConfigError: it cannot be imported, or is told to use another device.
@@ -54,6 +60,32 @@ def load_deepspeed(device: torch.device) -> ModuleType:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def load_async_io() -> None:
+    """Build DeepSpeed's extension for NVMe, if that was not done before; ranks wait for the first.
+
+    Raises:
+        ConfigError: it cannot be built here, or a build that was killed has left its lock.
+    """
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    key = "engine.deepspeed.zero_optimization.offload_optimizer.device"
+    if not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            f"{key} is nvme, but libaio is not installed here: apt install libaio-dev, or set it "
+            f"to cpu",
+            key=key,
+        )
+    # Extensions are built under a lock file, for which everyone waits without end.
+    lock = Path(_get_build_directory(builder.name, verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S:
+        raise ConfigError(
+            f"{key} is nvme, and {lock} is older than {_LONGEST_BUILD_S // 60} minutes, so the "
+            f"build that made it was killed: delete it",
+            key=key,
+        )
+    with redirect_stdout(sys.stderr):
+        builder.load(verbose=False)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, VOCAB = 16, 2, 8, 32
 LR = 1e-2
 
 
-def model_config(**moe: Any) -> ModelConfig:
+def model_config(*, ffn_dim: int = 32, **moe: Any) -> ModelConfig:
     """One dense and one MoE layer."""
     router = {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01}
     experts = {"num_experts": 8, "expert_ffn_dim": 16, "num_dense_layers": 1, "router": router}
-    tree = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "max_seq_len": SEQ_LEN}
-    return ModelConfig.model_validate({**tree, "vocab_size": VOCAB, "moe": {**experts, **moe}})
+    tree = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": SEQ_LEN}
+    sizes = {"vocab_size": VOCAB, "ffn_dim": ffn_dim}
+    return ModelConfig.model_validate({**tree, **sizes, "moe": {**experts, **moe}})
 
 
 def small_engine(

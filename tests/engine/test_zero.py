@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +23,7 @@ from dmoe.models import ModelInputs
 from dmoe.testing import run_distributed
 
 NUM_STEPS = 3
+WIDE = 16_384  # for a rank to have more than a megabyte, below which DeepSpeed swaps nothing
 CLIP = 0.5  # gradients have norms of about 1
 
 INFINITE = {"ffn_dim": 64, "latent_dim": 4}
@@ -210,22 +212,64 @@ SETTINGS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-def distances_by_setting(precision: str) -> dict[str, dict[str, float]]:
+def distances_by_stage(
+    stages: tuple[int, ...], setting: dict[str, Any], precision: str
+) -> dict[int, dict[str, float]]:
     return {
-        f"stage {stage}, {setting}": distance(
-            Case(stage, 2, 2, precision=precision), {"zero_optimization": setting}
-        )
-        for stages, setting in SETTINGS
+        stage: distance(Case(stage, 2, 2, precision=precision), {"zero_optimization": setting})
         for stage in stages
     }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stages", "setting"), SETTINGS)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-4)])
-def test_settings_of_deepspeed_change_no_number(precision: str, tolerance: float) -> None:
-    by_setting = run_distributed(distances_by_setting, 2, precision, timeout=280)[0]
-    for setting, far in by_setting.items():
-        assert max(far.values()) <= tolerance, f"{setting}: off by {far}"
+def test_settings_of_deepspeed_change_no_number(
+    stages: tuple[int, ...], setting: dict[str, Any], precision: str, tolerance: float
+) -> None:
+    by_stage = run_distributed(distances_by_stage, 2, stages, setting, precision, timeout=280)[0]
+    for stage, far in by_stage.items():
+        assert max(far.values()) <= tolerance, f"stage {stage}: off by {far}"
+
+
+def from_disk_and_from_memory(folder: Path, precision: str) -> None:
+    """Train, save, load into another engine and go on, with state on a disk and in memory."""
+    devices = {"nvme": {"device": "nvme", "nvme_path": str(folder)}, "cpu": {"device": "cpu"}}
+    runs = {}
+    for name, offload in devices.items():
+        zero = {"offload_optimizer": offload, "sub_group_size": 300_000}
+
+        def build_one(zero: dict[str, Any] = zero) -> Engine:
+            settings = {"zero_optimization": zero}
+            moe = {"ffn_dim": WIDE}
+            config = {"name": "deepspeed", "zero_stage": 3, "precision": precision}
+            return small_engine(ep=2, moe=moe, deepspeed=settings, **config)
+
+        engine = build_one()
+        losses = small_train(engine, steps=2)
+        saved = whole_state(engine)
+        again = build_one()
+        state = again.state()
+        for key, value in state.items():
+            value.copy_(engine.state()[key])
+        again.load_state(state, engine.scalars())
+        losses += small_train(again, steps=2, first=2)
+        runs[name] = (losses, saved, whole_state(again))
+    assert list(folder.rglob("*exp_avg_sq*.swp")), "nothing lies on the disk"
+    assert runs["nvme"][0] == runs["cpu"][0]
+    for ours, theirs in zip(runs["nvme"][1:], runs["cpu"][1:], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first run builds an extension
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_optimizer_state_on_nvme_is_that_in_memory(precision: str, tmp_path: Path) -> None:
+    builders = pytest.importorskip("deepspeed.ops.op_builder")
+    if not builders.AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    run_distributed(from_disk_and_from_memory, 2, tmp_path, precision, timeout=1100)
 
 
 def skipping_leaves_no_trace(case: Case) -> None:

@@ -55,8 +55,8 @@ def test_a_contradiction_names_both_keys(extra: dict[str, Any], ours: str) -> No
 @pytest.mark.parametrize(
     ("zero", "reason"),
     [
-        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, "checkpoints"),
-        ({"offload_param": {"device": "nvme"}}, "checkpoints"),
+        ({"offload_optimizer": {"device": "nvme"}}, "set .*offload_optimizer.nvme_path"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "weights on a disk"),
         ({"round_robin_gradients": True}, "mix them up"),
         ({"stage3_module_granularity_threshold": 9}, "experts"),
         ({"leaf_module": {"classes": ["Block"]}}, "experts"),
@@ -65,6 +65,13 @@ def test_a_contradiction_names_both_keys(extra: dict[str, Any], ours: str) -> No
 def test_what_would_be_wrong_is_refused_with_the_reason(zero: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         engine(zero_stage=3, deepspeed={"zero_optimization": zero})
+
+
+def test_nvme_needs_stage_3() -> None:
+    zero = {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}
+    engine(zero_stage=3, deepspeed={"zero_optimization": zero})
+    with pytest.raises(ValidationError, match=r"needs ZeRO 3, and engine.zero_stage is 2"):
+        engine(zero_stage=2, deepspeed={"zero_optimization": zero})
 
 
 @pytest.mark.parametrize(

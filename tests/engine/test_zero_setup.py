@@ -1,5 +1,6 @@
 """DeepSpeed starts without building anything, and without waiting for a build that died."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from small_engine import small_engine, train
 
 from dmoe.config import ConfigError
-from dmoe.engine.zero_setup import load_deepspeed
+from dmoe.engine.zero_setup import load_async_io, load_deepspeed
 from dmoe.testing import run_distributed
 
 
@@ -25,6 +26,30 @@ def built_while_training(folder: Path) -> list[str]:
 def test_nothing_is_built_and_no_dead_build_is_waited_for(tmp_path: Path) -> None:
     [found] = run_distributed(built_while_training, 1, tmp_path)
     assert found == ["deepspeed_shm_comm", "deepspeed_shm_comm/lock"]
+
+
+def refusal_of_nvme(folder: Path) -> tuple[bool, str]:
+    """Whether libaio is here, and what is said where a build of long ago has left its lock."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    lock = folder / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    load_deepspeed(torch.device("cpu"))
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    with pytest.raises(ConfigError) as refused:
+        load_async_io()
+    return builder.is_compatible(verbose=False), str(refused.value)
+
+
+def test_a_dead_build_for_nvme_is_named(tmp_path: Path) -> None:
+    [(has_libaio, message)] = run_distributed(refusal_of_nvme, 1, tmp_path)
+    assert "offload_optimizer.device" in message
+    if has_libaio:
+        assert f"{tmp_path / 'async_io' / 'lock'} is older than 30 minutes" in message
+        assert "delete it" in message
+    else:
+        assert "apt install libaio-dev" in message
 
 
 def test_another_accelerator_in_the_environment_is_refused(monkeypatch) -> None:
