@@ -59,7 +59,7 @@ class AttentionInputs:
     mask: Tensor | None
     """(B, 1, S, total) bool, True where a query may look; None for plain causal attention."""
     cos: Tensor | None
-    """(B, 1, S, d/2) of the rotary angles; None with learned positions."""
+    """(B, 1, S, d), what `rotary_angles` returns; None with learned positions."""
     sin: Tensor | None
     """As `cos`."""
 

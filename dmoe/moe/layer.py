@@ -67,8 +67,7 @@ class MoEConfig(ConfigModel):
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
     after the other, "triton" the kernels of `kernels/`, which no GPU has run yet and which serve
     spaces of neurons too, "megablocks" the grouped GEMM of the package of that name. "auto" is
-    "loop" on a CPU, where it is the faster but for 64 experts a rank and more in float32, and
-    "torch" elsewhere."""
+    "torch", and on a CPU in narrow dtypes "loop", which is the faster there."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":

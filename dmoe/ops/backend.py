@@ -14,19 +14,16 @@ ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
 
 # Dtypes that grouped GEMMs take; float64, which proofs use, is a loop on every backend.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# From so many groups on, a loop in Python takes longer than writing whole rows for torch's own.
-_MANY_GROUPS = 64
 
 
 def resolve_backend(
-    backend: Backend, device: torch.device, num_groups: int, dtype: torch.dtype = torch.float32
+    backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> ResolvedBackend:
-    """Return the backend that is used on a device, for so many groups (local experts).
+    """Return the backend that is used on a device.
 
-    On a CPU torch's grouped GEMM is a loop over the experts too, but one for each product, and in
-    narrow dtypes one that compiles each product anew, as no two have as many rows. "auto" is never
-    "triton" until its kernels have been measured on a GPU. Rows in float64 are always worked by
-    "loop".
+    On a CPU torch's grouped GEMM compiles each product of narrow dtypes anew, as no two have as
+    many rows: there "auto" is "loop", which keeps to few shapes. It is never "triton" until its
+    kernels have been measured on a GPU. Rows in float64 are always worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -39,13 +36,12 @@ def resolve_backend(
         return "loop"
     if backend != "auto":
         return backend
-    by_loop = num_groups < _MANY_GROUPS or dtype.itemsize < 4
-    return "loop" if device.type == "cpu" and by_loop else "torch"
+    return "loop" if device.type == "cpu" and dtype.itemsize < 4 else "torch"
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether Triton kernels work on tensors of a dtype, around the experts as in them."""
-    return backend != "megablocks" and resolve_backend(backend, device, 1, dtype) == "triton"
+    return backend != "megablocks" and resolve_backend(backend, device, dtype) == "triton"
 
 
 @functools.cache

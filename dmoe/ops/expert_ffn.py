@@ -100,7 +100,7 @@ class _ExpertFFN(torch.autograd.Function):
         activation: Activation,
         backend: Backend,
     ) -> Tensor:
-        backend = resolve_backend(backend, x_ND.device, len(counts_E), x_ND.dtype)
+        backend = resolve_backend(backend, x_ND.device, x_ND.dtype)
         if backend == "loop":
             z_RH, y_RD = forward_by_expert(
                 x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation

@@ -1,4 +1,4 @@
-"""The expert network an expert after the other: what a CPU does best with few experts.
+"""The expert network an expert after the other: what a CPU does best in narrow dtypes.
 
 What an expert makes on the way stays in the cache for its next product, and the source rows are
 gathered into the same small buffer for all. Called by `expert_ffn` alone, whose arguments these
@@ -7,9 +7,14 @@ F.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
+
+# A product of narrow numbers is compiled for each shape that it meets, which takes longer than the
+# product itself, and an expert hardly ever has as many rows again.
+_NARROW_ROWS = 32
 
 
 def forward_by_expert(
@@ -33,8 +38,8 @@ def forward_by_expert(
         strict=True,
     ):
         x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
-        torch.mm(x, w1.t().to(dtype), out=z)
-        torch.mm(activate(z, activation).mul_(weights), w2.t().to(dtype), out=y)
+        _product(x, w1.t().to(dtype), out=z)
+        _product(activate(z, activation).mul_(weights), w2.t().to(dtype), out=y)
     return z_RH, y_RD
 
 
@@ -68,14 +73,31 @@ def backward_by_expert(
         *(rows.split(counts) for rows in (index_R, weights_R, z_RH, dx_RD, dweights_R)),
         strict=True,
     ):
-        dy = torch.index_select(dy_ND, 0, index, out=dy_buffer[: len(index)])
-        a, dz, gate_gradient = activate_backward(z, dy @ w2.to(dtype), weights, activation)
+        dy = _padded(torch.index_select(dy_ND, 0, index, out=dy_buffer[: len(index)]))
+        da = (dy @ w2.to(dtype))[: len(index)]
+        a, dz, gate_gradient = activate_backward(z, da, weights, activation)
         dweights.copy_(gate_gradient)
-        _outer(dy, a, out=dw2)
+        _outer(dy, _padded(a), out=dw2)
         x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
-        _outer(dz, x, out=dw1)
-        torch.mm(dz, w1.to(dtype), out=dx)
+        dz = _padded(dz)
+        _outer(dz, _padded(x), out=dw1)
+        _product(dz, w1.to(dtype), out=dx)
     return dx_RD, dweights_R, dw_up, dw_down_EDF
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Return rows of a narrow dtype with zeros up to the next multiple of `_NARROW_ROWS`."""
+    missing = -len(rows) % _NARROW_ROWS if rows.dtype.itemsize < 4 else 0
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _product(rows: Tensor, w: Tensor, *, out: Tensor) -> None:
+    """Write the rows times w; what padding makes is left out."""
+    rows = _padded(rows)
+    if len(rows) == len(out):
+        torch.mm(rows, w, out=out)
+    else:
+        out.copy_((rows @ w)[: len(out)])
 
 
 def _outer(a: Tensor, b: Tensor, *, out: Tensor) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 def rotary_angles(
     positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, (B, 1, S, d/2) each, of the angles of each position.
+    """Return cosine and sine of the angles of each position, (B, 1, S, d) each.
+
+    Both halves of the width have the same angles; the first half of the sine is negated.
 
     Args:
         positions_BS: int64 place of each token in its document.
@@ -23,7 +25,8 @@ def rotary_angles(
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=wide) / head_dim
     angles = positions_BS[:, None, :, None].to(wide) * theta**-exponent
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_loop(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Define `rotate`, as complex numbers times exp(i angle)."""
     first, second = x_BHSd.chunk(2, dim=-1)
-    turned = torch.complex(first, second) * torch.complex(cos, sin)
+    turned = torch.complex(first, second) * torch.complex(cos, sin).chunk(2, dim=-1)[1]
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
@@ -51,8 +54,4 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    y = torch.empty_like(x)
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=direction)
-    return y
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=direction)

@@ -192,9 +192,8 @@ def _introduce(
         journal.message(f"WARNING: {moe.used_router.warning}")
     if moe is not None and moe.is_grouped:
         # One that is asked for and cannot run here is told now, not in the first step.
-        num_local = len(dims.local_experts(moe.num_shards))
         dtype = COMPUTE_DTYPES[config.engine.precision]
-        backend = resolve_backend(moe.backend, device, num_local, dtype)
+        backend = resolve_backend(moe.backend, device, dtype)
         if moe.backend == "auto":
             journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:

@@ -153,7 +153,7 @@ def test_kept_bytes_are_what_autograd_saves(
         model(inputs, recompute=recompute)
     for parameter in model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    angles = (batch, 1, seq_len, config.width_of_head // 2)
+    angles = (batch, 1, seq_len, config.width_of_head)
     sizes = [t.untyped_storage().nbytes() for t in saved.values() if t.shape != angles]
     # Statistics and indices are narrower than this, all that is counted is wider.
     measured = sum(size for size in sizes if size > num_tokens * 16 * 4)

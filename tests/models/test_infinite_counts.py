@@ -107,7 +107,7 @@ def test_kept_bytes_are_what_autograd_saves(infinite, family) -> None:
         net(ModelInputs(torch.zeros(batch, seq_len, dtype=torch.int64)), context)
     for parameter in net.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    angles = (batch, 1, seq_len, config.width_of_head // 2)
+    angles = (batch, 1, seq_len, config.width_of_head)
     sizes = [t.untyped_storage().nbytes() for t in saved.values() if t.shape != angles]
     # Samples, masks and indices are narrower than this, all that is counted is wider.
     measured = sum(size for size in sizes if size > num_tokens * 48 * 4)

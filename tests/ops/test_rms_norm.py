@@ -6,14 +6,18 @@ from dmoe.ops.rms_norm import rms_norm, rms_norm_torch
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (7, 8), (2, 0, 4)])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+    ("dtype", "weight_dtype", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 2e-2),
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+    ],
 )
-def test_equals_torch(shape, dtype, tolerance) -> None:
+def test_equals_torch(shape, dtype, weight_dtype, tolerance) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
-    wide = torch.promote_types(dtype, torch.float32)
-    weight = torch.randn(shape[-1], dtype=wide, requires_grad=True)
+    weight = torch.randn(shape[-1], dtype=torch.float64).to(weight_dtype).requires_grad_()
     dy = torch.randn(shape, dtype=torch.float64).to(dtype)
     y = rms_norm(x, weight, 1e-5)
     assert y.dtype == dtype
