@@ -2,7 +2,7 @@
 
 from dmoe.parallel.collectives import all_reduce_sum, all_to_all_rows
 from dmoe.parallel.dims import ParallelConfig, ParallelDims
-from dmoe.parallel.process import is_first_process, process_group, use_huge_pages
+from dmoe.parallel.process import is_first_process, process_group, tune_host_memory
 
 __all__ = [
     "ParallelConfig",
@@ -11,5 +11,5 @@ __all__ = [
     "all_to_all_rows",
     "is_first_process",
     "process_group",
-    "use_huge_pages",
+    "tune_host_memory",
 ]

@@ -1,6 +1,8 @@
 """Start and end of this process's part in the job; one process without torchrun needs no group."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,19 +12,33 @@ import torch.distributed as dist
 
 from dmoe.config.base import ConfigError
 
+# The environment variable that means the same, and the number and value for glibc's mallopt: up to
+# 32 MiB, the most that it allows, come from the heap, of which nothing is given back.
+_MALLOC_OPTIONS = (
+    ("MALLOC_MMAP_THRESHOLD_", -3, 32 * 2**20),
+    ("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1),
+)
+
 
 def is_first_process() -> bool:
     """Say whether this process is the one of its job that speaks to the user."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def use_huge_pages() -> None:
-    """Let torch ask Linux for huge pages for large host tensors, unless the user decided otherwise.
+def tune_host_memory() -> None:
+    """Take large host tensors from huge pages, and keep what is freed for those that come next.
 
-    A step makes the gradients of all experts anew, and with many experts most of the time for them
-    was the kernel's, a page of 4 KiB after the other. Takes effect before the first tensor is made.
+    A step makes the same large tensors again and again. Fresh memory is cleared by the kernel,
+    which took longer than many an operation on it, and with 4 KiB pages most of the time for the
+    gradients of many experts. What the user has decided by environment variables stays. Takes
+    effect before the first tensor is made.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for variable, parameter, value in _MALLOC_OPTIONS:
+            if variable not in os.environ:
+                libc.mallopt(parameter, value)
 
 
 @contextmanager
@@ -37,7 +53,7 @@ def process_group(timeout_seconds: float = 600.0) -> Iterator[torch.device]:
     Raises:
         ConfigError: more processes than GPUs.
     """
-    use_huge_pages()
+    tune_host_memory()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         num_local, num_devices = (

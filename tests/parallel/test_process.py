@@ -1,6 +1,7 @@
 """Joining a job as torchrun starts one, and doing without."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -78,3 +79,32 @@ def test_large_tensors_lie_in_huge_pages_unless_the_user_says_no(of_user, expect
         [sys.executable, "-c", _HUGE_KIB], env=outside | of_user, capture_output=True, text=True
     )
     assert (int(out.stdout) > 0) is expected, out.stderr
+
+
+_FAULTS = """
+import resource
+import torch
+from dmoe.parallel import process_group
+def make():
+    for _ in range(10):
+        torch.ones(2**21)
+with process_group():
+    make()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    make()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("of_user", "expected"),
+    [({}, False), ({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}, True)],
+)
+def test_freed_memory_is_used_again_unless_the_user_says_no(of_user, expected) -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("this C library has no such settings")
+    outside = {k: v for k, v in os.environ.items() if k != "RANK" and "MALLOC" not in k}
+    env = outside | {"THP_MEM_ALLOC_ENABLE": "0"} | of_user
+    out = subprocess.run([sys.executable, "-c", _FAULTS], env=env, capture_output=True, text=True)
+    # Ten tensors of 8 MiB are 20,480 small pages.
+    assert (int(out.stdout) > 10_000) is expected, out.stderr

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from dmoe.parallel import use_huge_pages
+from dmoe.parallel import tune_host_memory
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cpu_benchmarks.md"
 WARM_UP_ROUNDS = 2
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 
 def parse_settings(docstring: str | None) -> Settings:
     """Read the command line, set the number of threads, and take memory as training does."""
-    use_huge_pages()
+    tune_host_memory()
     parser = argparse.ArgumentParser(description=docstring)
     parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2)
