@@ -28,7 +28,7 @@ from dmoe.moe.losses import LossesConfig, load_balance_loss, z_loss
 from dmoe.moe.routers import Router, RouterConfig, RouterSection, TopKConfig
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.moe.stats import MoEOutput, measure
-from dmoe.ops import Activation, Backend
+from dmoe.ops import Activation, Backend, uses_kernels
 from dmoe.parallel import ParallelDims, all_reduce_sum
 
 
@@ -320,7 +320,8 @@ class MoELayer(SparseLayer):
         routing = self.router(x_TD, context)
         sent = served = self.zero_computation.without(routing) if self.zero_computation else routing
         if self.config.capacity is not None:
-            served = apply_capacity(sent, self.config.capacity, context)
+            by_triton = uses_kernels(self.config.backend, x_TD.device, x_TD.dtype)
+            served = apply_capacity(sent, self.config.capacity, context, by_triton=by_triton)
         rows, counts_e, handle = self.dispatcher.dispatch(x_TD, served)
         factors_RF = self._dropout(served, counts_e, context)
         y_ND = self.experts(rows, counts_e, factors_RF)

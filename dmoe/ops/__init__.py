@@ -2,6 +2,7 @@
 
 from dmoe.ops.activation import Activation
 from dmoe.ops.backend import Backend, resolve_backend, uses_kernels
+from dmoe.ops.expert_capacity import CapacityRule, keep_slots
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
 from dmoe.ops.grouped_mm import grouped_mm
 from dmoe.ops.linear import Linear
@@ -15,6 +16,7 @@ from dmoe.ops.top_k import top_k_ids
 __all__ = [
     "Activation",
     "Backend",
+    "CapacityRule",
     "Linear",
     "RowMap",
     "count_slots",
@@ -23,6 +25,7 @@ __all__ = [
     "gather",
     "gather_sum",
     "grouped_mm",
+    "keep_slots",
     "resolve_backend",
     "rms_norm",
     "rotary_angles",

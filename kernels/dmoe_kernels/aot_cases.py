@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe_kernels import combine, dz, grouped_gemm, mean_mask, routing, slots, tiles, up
+from dmoe_kernels import capacity, combine, dz, grouped_gemm, mean_mask, routing, slots, tiles, up
 from dmoe_kernels.configs import Config, candidates, scaled_k
 
 # Shared memory a program may use, and whether products read both sides from it.
@@ -159,6 +159,8 @@ def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], in
     yield "slots", "starts, 128 experts", slots.starts_kernel, starts, {"BLOCK_E": 256}, 4
     constants = {"BLOCK": slots.BLOCK, "CHUNK": 16}
     yield "slots", "place", slots.place_kernel, pointers, constants, 4
+    pointers = {"ids": "i64", "counts": "i32", "positions": "i32"}
+    yield "capacity", "position", capacity.position_kernel, pointers, constants, 4
 
 
 def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:

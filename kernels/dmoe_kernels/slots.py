@@ -49,7 +49,7 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> Slots:
             ids, counts_XP, num_slots, num_experts, num_blocks, BLOCK=BLOCK, BLOCK_E=bins
         )
         scan_kernel[(num_experts + 1,)](
-            counts_XP, counts_E, num_experts, num_blocks, BLOCK_P=_scan_block(num_blocks)
+            counts_XP, counts_E, num_experts, num_blocks, BLOCK_P=scan_block(num_blocks)
         )
         starts_kernel[(1,)](counts_E, starts_X, num_experts, BLOCK_E=bins)
         place_kernel[(num_blocks,)](
@@ -69,7 +69,8 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> Slots:
     return Slots(*maps_3R, offsets_T1, counts_E)
 
 
-def _scan_block(num_blocks: int) -> int:
+def scan_block(num_blocks: int) -> int:
+    """Return how many blocks `scan_kernel` takes at once."""
     return min(1024, triton.next_power_of_2(num_blocks))
 
 
@@ -77,8 +78,13 @@ def _scan_block(num_blocks: int) -> int:
 def count_kernel(
     ids, counts, num_slots, num_experts, num_blocks, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """Count the slots of each expert in one block; the unused ones are counted last."""
-    block = tl.program_id(0)
+    """Count the slots of each expert in one block; the unused ones are counted last.
+
+    Slots may be of several groups, each with counts of its own.
+    """
+    group, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    ids += group.to(tl.int64) * num_slots
+    counts += group.to(tl.int64) * (num_experts + 1) * num_blocks
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
     expert = tl.where(expert < 0, num_experts, expert)
@@ -115,11 +121,10 @@ def starts_kernel(counts, starts, num_experts, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def rank_in_block(
-    ids, slot, expert, num_slots, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    ids, first, slot, expert, num_slots, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Return how many slots of the block come before each and have the same expert."""
+    """Return how many slots of the block from `first` on go before each, of the same expert."""
     rank = tl.zeros((BLOCK,), tl.int32)
-    first = tl.program_id(0) * BLOCK
     for chunk in range(0, BLOCK, CHUNK):
         other = first + chunk + tl.arange(0, CHUNK)
         other_expert = tl.load(ids + other, mask=other < num_slots, other=-1).to(tl.int32)
@@ -153,7 +158,7 @@ def place_kernel(
     expert = tl.load(ids + slot, mask=inside, other=-1).to(tl.int32)
     used = expert >= 0
     expert = tl.where(used, expert, num_experts)
-    rank = rank_in_block(ids, slot, expert, num_slots, num_experts, BLOCK, CHUNK)
+    rank = rank_in_block(ids, block * BLOCK, slot, expert, num_slots, num_experts, BLOCK, CHUNK)
     row = tl.load(starts + expert) + tl.load(counts + expert * num_blocks + block) + rank
     # Used slots keep their order, so those before are all before but the unused.
     unused_before = tl.load(counts + num_experts * num_blocks + block)

@@ -49,7 +49,7 @@ def test_equals_a_stable_sort(name: str) -> None:
 
 def test_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks than the scan takes at once."""
-    monkeypatch.setattr("dmoe_kernels.slots._scan_block", lambda _: 2)
+    monkeypatch.setattr("dmoe_kernels.slots.scan_block", lambda _: 2)
     ids_TK = torch.randint(-1, 7, (700, 2), generator=torch.Generator().manual_seed(0))
     slots, *_ = sort_slots(ids_TK.to(DEVICE), 7, by_triton=True)
     want = ids_TK.flatten().masked_fill(ids_TK.flatten() < 0, 7).argsort(stable=True)

@@ -1,18 +1,11 @@
-"""Capacity against its loop twin over all policies, and its meaning in small examples."""
-
-import itertools
+"""What capacity means, in small examples."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from dmoe.moe import BatchTotals, MoEContext, Routing
-from dmoe.moe.capacity import (
-    CapacityConfig,
-    apply_capacity,
-    keep_within_capacity,
-    keep_within_capacity_loop,
-)
+from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.routing import make_routing
 
 SEQ_LEN, EXPERTS = 6, 5
@@ -23,64 +16,8 @@ def routing_of(ids_TK: Tensor, weights_TK: Tensor, num_experts: int = EXPERTS) -
     return make_routing(scores_TE, scores_TE, ids_TK, weights_TK)
 
 
-def random_ids(seed: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Distinct experts for each of 24 tokens, and gates of four values only, so that they tie."""
-    generator = torch.Generator().manual_seed(seed)
-    ids_TK = torch.rand(4 * SEQ_LEN, EXPERTS, generator=generator).argsort(1)[:, :top_k]
-    weights_TK = torch.randint(1, 5, ids_TK.shape, generator=generator) / 4
-    return ids_TK, weights_TK
-
-
-def unused_slots(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
-    holes = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(9)) < 0.3
-    return ids_TK.masked_fill(holes, -1), None
-
-
-def one_expert_gets_all(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
-    return torch.full_like(ids_TK, 3), None
-
-
-def padding(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The first sequence is short, the second is all padding."""
-    valid_T = torch.ones(len(ids_TK), dtype=torch.bool)
-    valid_T[SEQ_LEN - 2 : 2 * SEQ_LEN] = False
-    return ids_TK.masked_fill(~valid_T[:, None], -1), valid_T
-
-
-def nothing_but_padding(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
-    return torch.full_like(ids_TK, -1), torch.zeros(len(ids_TK), dtype=torch.bool)
-
-
-def no_tokens(ids_TK: Tensor) -> tuple[Tensor, Tensor | None]:
-    return ids_TK[:0], None
-
-
-@pytest.mark.parametrize("policy", ["position", "score"])
-@pytest.mark.parametrize("group", ["micro_batch", "sequence", 4, 7])
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        lambda ids_TK: (ids_TK, None),
-        unused_slots,
-        one_expert_gets_all,
-        padding,
-        nothing_but_padding,
-        no_tokens,
-    ],
-    ids=["plain", "unused", "all_to_one", "padding", "all_padding", "no_tokens"],
-)
-def test_equals_the_loop(policy, group, scenario) -> None:
-    for factor, minimum, top_k, seed in itertools.product(
-        [0.01, 0.5, 1.0, 1.25, 100.0], [0, 1, 4], [1, 3], range(2)
-    ):
-        config = CapacityConfig(factor=factor, policy=policy, minimum=minimum, group=group)
-        ids_TK, weights_TK = random_ids(seed, top_k)
-        ids_TK, valid_T = scenario(ids_TK)
-        routing = routing_of(ids_TK, weights_TK[: len(ids_TK)])
-        context = MoEContext(seq_len=SEQ_LEN, valid_T=valid_T)
-        kept_TK = keep_within_capacity(routing, config, context)
-        assert torch.equal(kept_TK, keep_within_capacity_loop(routing, config, context))
-        assert torch.equal(kept_TK[kept_TK >= 0], ids_TK[kept_TK >= 0])
+def kept_ids(routing: Routing, config: CapacityConfig, context: MoEContext) -> Tensor:
+    return apply_capacity(routing, config, context).expert_ids_TK
 
 
 def test_position_serves_first_choices_first() -> None:
@@ -88,7 +25,7 @@ def test_position_serves_first_choices_first() -> None:
     ids_TK = torch.tensor([[1, 0], [0, 1], [0, 1]])
     config = CapacityConfig(factor=0.5, minimum=0)
     routing = routing_of(ids_TK, torch.ones(3, 2), num_experts=2)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=3))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=3))
     assert kept_TK.tolist() == [[1, -1], [0, 1], [0, -1]]
 
 
@@ -97,7 +34,7 @@ def test_a_local_group_has_a_capacity_of_its_own() -> None:
     ids_TK = torch.zeros(5, 1, dtype=torch.int64)
     config = CapacityConfig(factor=1.0, minimum=0, group=2)
     routing = routing_of(ids_TK, torch.ones(5, 1), num_experts=2)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=5))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=5))
     assert kept_TK.flatten().tolist() == [0, -1, 0, -1, 0]
 
 
@@ -109,7 +46,7 @@ def test_second_choices_come_after_all_first_ones_also_where_some_are_not_sent()
     ids_TK = torch.tensor([[0, 1], [1, -1], [1, 0]])
     config = CapacityConfig(factor=0.8, minimum=0)
     routing = routing_of(ids_TK, torch.ones(3, 2), num_experts=2)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=3))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=3))
     assert kept_TK.tolist() == [[0, -1], [1, -1], [1, 0]]
 
 
@@ -119,8 +56,7 @@ def test_outside_training_the_factor_may_be_another() -> None:
     routing = routing_of(ids_TK, torch.ones(4, 1), num_experts=4)
     for totals, num_kept in ((BatchTotals(4, 4, 1, 1), 1), (None, 2)):
         context = MoEContext(seq_len=4, totals=totals)
-        assert (keep_within_capacity(routing, config, context) >= 0).sum() == num_kept
-        assert (keep_within_capacity_loop(routing, config, context) >= 0).sum() == num_kept
+        assert (kept_ids(routing, config, context) >= 0).sum() == num_kept
 
 
 def test_score_serves_the_largest_gates() -> None:
@@ -128,7 +64,7 @@ def test_score_serves_the_largest_gates() -> None:
     weights_TK = torch.tensor([[0.2], [0.9], [0.5], [0.9]])
     config = CapacityConfig(factor=1.0, policy="score", minimum=0)
     routing = routing_of(ids_TK, weights_TK, num_experts=2)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=4))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=4))
     assert kept_TK.flatten().tolist() == [-1, 0, -1, 0]
 
 
@@ -140,7 +76,7 @@ def test_capacity_by_hand(factor, minimum, num_kept) -> None:
     ids_TK = torch.zeros(8, 1, dtype=torch.int64)
     config = CapacityConfig(factor=factor, minimum=minimum)
     routing = routing_of(ids_TK, torch.ones(8, 1), num_experts=4)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=8))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=8))
     assert kept_TK.flatten().tolist() == [0] * num_kept + [-1] * (8 - num_kept)
 
 
@@ -151,19 +87,19 @@ def test_capacity_follows_the_number_of_slots(k_of_token, num_kept) -> None:
     ids_TK = place_K.expand(8, 3).masked_fill(place_K >= torch.tensor(k_of_token)[:, None], -1)
     config = CapacityConfig(factor=1.0, minimum=0)
     routing = routing_of(ids_TK, torch.ones(8, 3), num_experts=4)
-    kept_TK = keep_within_capacity(routing, config, MoEContext(seq_len=8))
+    kept_TK = kept_ids(routing, config, MoEContext(seq_len=8))
     assert (kept_TK == 0).sum() == num_kept
 
 
 def test_sequences_do_not_share_capacity() -> None:
     """A sequence is served alike alone and beside another."""
-    ids_TK, weights_TK = random_ids(0, 2)
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = torch.rand(4 * SEQ_LEN, EXPERTS, generator=generator).argsort(1)[:, :2]
+    weights_TK = torch.ones(ids_TK.shape)
     config = CapacityConfig(factor=0.5, minimum=0, group="sequence")
-    together = keep_within_capacity(
-        routing_of(ids_TK, weights_TK), config, MoEContext(seq_len=SEQ_LEN)
-    )
+    together = kept_ids(routing_of(ids_TK, weights_TK), config, MoEContext(seq_len=SEQ_LEN))
     alone = [
-        keep_within_capacity(routing_of(ids, weights), config, MoEContext(seq_len=SEQ_LEN))
+        kept_ids(routing_of(ids, weights), config, MoEContext(seq_len=SEQ_LEN))
         for ids, weights in zip(ids_TK.split(SEQ_LEN), weights_TK.split(SEQ_LEN), strict=True)
     ]
     assert torch.equal(together, torch.cat(alone))

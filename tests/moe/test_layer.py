@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer
-from dmoe.moe.capacity import keep_within_capacity_loop
 from dmoe.moe.routers import choice
+from dmoe.ops.expert_capacity import keep_slots_loop
 
 TOKENS, SEQ_LEN, DIM, EXPERTS, FFN = 12, 6, 8, 5, 8
 TOTALS = BatchTotals(num_tokens=10, num_targets=10, num_sequences=2, num_micro_batches=1)
@@ -53,7 +53,8 @@ def layer_loop(
     routing = layer.router(x_TD, MoEContext(seq_len=SEQ_LEN, valid_T=VALID_T))
     served_TK = ids_TK
     if layer.config.capacity is not None:
-        served_TK = keep_within_capacity_loop(routing, layer.config.capacity, context)
+        rule = layer.config.capacity.rule(context, len(x_TD))
+        served_TK = keep_slots_loop(ids_TK, routing.weights_TK, EXPERTS, rule)
     outputs = []
     for x, p, ids, served in zip(x_TD, probabilities, ids_TK.tolist(), served_TK, strict=True):
         y = torch.zeros_like(x)
