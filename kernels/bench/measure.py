@@ -94,16 +94,17 @@ def results(contender: Contender, problem: Problem) -> dict[str, Tensor]:
 def errors(problem: Problem) -> dict[str, float]:
     """Return how far our output and gradients are from the loop's in float32, relative by norm."""
     got, want = results(ours, problem), results(torch_loop, problem.to(torch.float32))
-    return {name: _error(got[name], want[name]) for name in want}
+    return {name: relative_error(got[name], want[name]) for name in want}
 
 
 def output_error(contender: Contender, problem: Problem) -> float:
     """Return how far a contender's output is from ours, relative by norm."""
     with torch.no_grad():
-        return _error(*(run(problem, problem.leaves()) for run in (contender, ours)))
+        return relative_error(*(run(problem, problem.leaves()) for run in (contender, ours)))
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return the norm of the difference, relative to that of `want`."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 

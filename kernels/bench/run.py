@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import NamedTuple
 
+import infinity
 import measure
 import torch
 import triton
@@ -19,7 +20,9 @@ def check(device: torch.device, dtype: torch.dtype, tolerance: float) -> bool:
     shape = _CHECKED if device.type == "cuda" else TINY
     problem = Problem.make(shape, device, dtype)
     good = True
-    for name, error in measure.errors(problem).items():
+    neurons = infinity.LAYER if device.type == "cuda" else infinity.TINY
+    errors = measure.errors(problem) | {"infinity": infinity.error(neurons, device, dtype)}
+    for name, error in errors.items():
         good &= error <= tolerance
         print(f"error of {name:8} {error:.1e}  {'ok' if error <= tolerance else 'TOO LARGE'}")
     same = measure.repeats_bit_for_bit(problem)
@@ -53,12 +56,15 @@ class Bench:
         self.options, self.deadline = options, deadline
         self.rows: list[Row] = []
         self.notes: list[str] = []
+        self.neurons = ""
         self.cublas = measure.cublas_tflops()
         print(f"{torch.cuda.get_device_name()}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
 
     def run(self) -> None:
-        """Measure shape after shape."""
+        """Measure the neurons of infinity-MoE, which take seconds, then shape after shape."""
         parts = self.options.shapes or [""]
+        if any(part.lower() in "infinity-moe" for part in parts):
+            self.neurons = infinity.table(self.options.repeats)
         for shape in SHAPES:
             if not any(part.lower() in shape.name.lower() for part in parts):
                 continue
@@ -127,4 +133,5 @@ class Bench:
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         )
         notes = "".join(f"\n- {note}" for note in self.notes)
-        return head + "\n".join(map(self.line, self.rows)) + "\n" + (notes and f"{notes}\n")
+        rows = "".join(f"{self.line(row)}\n" for row in self.rows)
+        return head + rows + (notes and f"{notes}\n") + self.neurons
