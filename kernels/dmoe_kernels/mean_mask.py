@@ -201,13 +201,10 @@ def latent_masks_kernel(
 
 
 @triton.jit
-def mean_of_masks(
+def mask_tile(
     bits,
     z,
     w,
-    t,
-    f,
-    inside,
     num_tokens,
     width,
     samples,
@@ -217,11 +214,17 @@ def mean_of_masks(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Return the (BLOCK_T, BLOCK_F) mean mask, with scores computed again where it is soft."""
+    """Return the rows and columns of this program's tile, which exist, and the mean mask there.
+
+    Scores are computed again where masks are soft.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = (t < num_tokens)[:, None] & (f < width)[None, :]
+    rows = t.to(tl.int64)[:, None]
     mean = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
-    first = t.to(tl.int64)[:, None] * samples
     for k in range(0, samples):
-        row = first + k
+        row = rows * samples + k
         byte = tl.load(bits + row * (width // 8) + (f // 8)[None, :], mask=inside, other=0)
         chosen = ((byte.to(tl.int32) >> (f % 8)[None, :]) & 1).to(tl.float32)
         if HARD:
@@ -233,7 +236,7 @@ def mean_of_masks(
                 w_i = tl.load(w + i * width + f, mask=f < width, other=0.0)
                 score += z_i * w_i[None, :]
             mean += chosen * score
-    return mean * factor
+    return rows, f[None, :], inside, mean * factor
 
 
 @triton.jit
@@ -254,38 +257,21 @@ def forward_kernel(
     BLOCK_F: tl.constexpr,
 ):
     """Write the masked activation of a block of tokens and neurons."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = (t < num_tokens)[:, None] & (f < width)[None, :]
-    mean = mean_of_masks(
-        bits,
-        z,
-        w,
-        t,
-        f,
-        inside,
-        num_tokens,
-        width,
-        samples,
-        latent_dim,
-        factor,
-        HARD,
-        BLOCK_T,
-        BLOCK_F,
+    rows, f, inside, mean = mask_tile(
+        bits, z, w, num_tokens, width, samples, latent_dim, factor, HARD, BLOCK_T, BLOCK_F
     )
-    rows = t.to(tl.int64)[:, None]
     if ACTIVATION == "swiglu":
-        place = hidden + rows * (2 * width) + f[None, :]
+        place = hidden + rows * (2 * width) + f
         gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         act = gate * tl.sigmoid(gate) * tl.load(place + width, mask=inside, other=0.0)
     else:
-        pre = tl.load(hidden + rows * width + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        pre = tl.load(hidden + rows * width + f, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION == "gelu":
             act, _ = gelu_tanh(pre)
         else:
             act = tl.maximum(pre, 0.0)
     out = rounded(act.to(tl.float32) * mean, a.dtype.element_ty)
-    tl.store(a + rows * width + f[None, :], out, mask=inside)
+    tl.store(a + rows * width + f, out, mask=inside)
 
 
 @triton.jit
@@ -308,31 +294,14 @@ def backward_kernel(
     BLOCK_F: tl.constexpr,
 ):
     """Write the gradients of the pre-activation and of the mean mask."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = (t < num_tokens)[:, None] & (f < width)[None, :]
-    mean = mean_of_masks(
-        bits,
-        z,
-        w,
-        t,
-        f,
-        inside,
-        num_tokens,
-        width,
-        samples,
-        latent_dim,
-        factor,
-        HARD,
-        BLOCK_T,
-        BLOCK_F,
+    rows, f, inside, mean = mask_tile(
+        bits, z, w, num_tokens, width, samples, latent_dim, factor, HARD, BLOCK_T, BLOCK_F
     )
-    rows = t.to(tl.int64)[:, None]
     dtype: tl.constexpr = dhidden.dtype.element_ty
-    flat = rows * width + f[None, :]
+    flat = rows * width + f
     gradient = tl.load(da + flat, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION == "swiglu":
-        place = rows * (2 * width) + f[None, :]
+        place = rows * (2 * width) + f
         gate = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
         up_ = tl.load(hidden + place + width, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
