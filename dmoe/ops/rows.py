@@ -60,7 +60,7 @@ def gather_sum_loop(y_RD: Tensor, rows: RowMap) -> Tensor:
     sums = [y_RD[:0].sum(0)] * (len(rows.offsets_N1) - 1)
     for row, source in enumerate(rows.index_R.tolist()):
         sums[source] = sums[source] + y_RD[row]
-    return torch.stack(sums)
+    return torch.stack(sums) if sums else y_RD[:0]
 
 
 def take_rows(x_ND: Tensor, rows: RowMap) -> Tensor:

@@ -27,3 +27,10 @@ def test_gather_sum_and_its_gradient_equal_the_loop(index) -> None:
     if index:
         (dy,), (twin_dy,) = torch.autograd.grad(x, y, dx), torch.autograd.grad(twin, y, dx)
         assert torch.equal(dy, twin_dy)
+
+
+def test_no_sources() -> None:
+    rows = RowMap.from_index(torch.zeros(0, dtype=torch.int64), 0)
+    nothing = torch.zeros(0, 3)
+    for op in (gather, gather_loop, gather_sum, gather_sum_loop):
+        assert op(nothing, rows).shape == (0, 3)
