@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dmoe.models import ModelConfig, Recompute, build_model
+from dmoe.moe import MoEConfig
 from dmoe.moe.routers import PeerConfig
 
 # The first part of a name that matches decides: "attn.q_norm.weight" is a norm.
@@ -169,9 +170,11 @@ def activations(
     for layer in range(config.num_layers):
         attention = _attention_width(config) + (seq_len if masked else 0)
         feed_forward = _feed_forward_width(config, layer, seq_len, exchanged=exchanged)
+        routed = _recomputed_width(config, layer, seq_len)
+        feed_forward, again = feed_forward - routed, max(again, routed)
         if recompute == "full":
             kept += config.dim
-            again = max(again, attention + feed_forward)
+            again = max(again, attention + feed_forward + routed)
         elif recompute == "selective":
             kept += config.dim + feed_forward
             again = max(again, attention)
@@ -218,9 +221,28 @@ def _feed_forward_width(config: ModelConfig, layer: int, seq_len: int, *, exchan
         return norm + samples * (num_layers * hidden + (num_layers - 1) * 2 * width) + width
     if not moe.is_grouped:
         return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
-    # `expert_ffn` keeps its input, shared with the norm unless it came from afar, and gate and up.
+    # `expert_ffn` keeps its input, shared with the norm unless it came from afar or was rounded,
+    # and gate and up.
+    arrived = _passes(moe, seq_len) if exchanged else float(moe.dispatch_dtype != "same")
+    routed = _routed_width(config, moe, seq_len) + round(arrived * config.dim)
+    return norm + routed + dense * moe.num_shared_experts * moe.expert_width
+
+
+def _recomputed_width(config: ModelConfig, layer: int, seq_len: int) -> int:
+    """Return the numbers a token does not keep in the experts, as they compute them again."""
+    moe = config.moe
+    if moe is None or not config.is_moe_layer(layer) or not moe.recompute_experts:
+        return 0
+    return _routed_width(config, moe, seq_len)
+
+
+def _routed_width(config: ModelConfig, moe: MoEConfig, seq_len: int) -> int:
+    """Return the numbers of a token before the activation, in all its routed experts."""
+    gated = config.activation == "swiglu"
+    return round(_passes(moe, seq_len) * (2 if gated else 1) * moe.expert_width)
+
+
+def _passes(moe: MoEConfig, seq_len: int) -> float:
+    """Return how often a token goes through a network, at most where that varies."""
     k = moe.elastic.k_max if moe.elastic else moe.used_router.passes(moe.experts, seq_len)
-    k = moe.networks_of(k)
-    routed = k * (2 if gated else 1) * moe.expert_width
-    arrived = k * config.dim if exchanged else 0
-    return norm + round(routed + arrived) + dense * moe.num_shared_experts * moe.expert_width
+    return moe.networks_of(k)

@@ -1,8 +1,8 @@
-"""Expert capacity: which slots an expert serves in a group of tokens, by its position in the expert.
+"""Expert capacity: which slots an expert serves, by their position in it.
 
-The position of a slot is how many slots of its group go before it and have the same expert; it is
-served where that is less than the group's capacity. Shapes: T tokens, E experts, K slots per token,
-G groups of tokens, S slots of a group.
+The position of a slot is how many slots of its group of tokens go before it and have the same
+expert; it is served where that is less than the group's capacity. Shapes: T tokens, E experts, K
+slots per token, G groups of tokens, S slots of a group.
 """
 
 from typing import Literal, NamedTuple

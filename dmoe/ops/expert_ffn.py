@@ -5,7 +5,7 @@ The gate weight of a row multiplies the hidden activation, not the output: the p
 and the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,14 @@ def expert_ffn(
     *,
     activation: Activation,
     backend: Backend = "auto",
+    recompute: bool = False,
+    main_grads: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return y_ND: for each source the sum over its rows of weights_R * W_down act(W_up x).
 
     Rows are read and summed through `rows`, forward and backward: only `x_ND` and the
     pre-activation (R, 2F or F) are saved, so a layer of K slots keeps 2ND + 4NKF bytes in bfloat16
-    (gated).
+    (gated), and 2ND with `recompute`.
 
     Args:
         x_ND: (N, D) source rows.
@@ -47,11 +49,15 @@ def expert_ffn(
         activation: "swiglu", or "gelu" (tanh form, as in GPT-2) or "relu" without a gate.
         backend: "triton" for the kernels, "torch" for `torch.nn.functional.grouped_mm`, "loop" for
             an expert after the other, "megablocks" for its grouped GEMM.
+        recompute: compute the pre-activation again in backward, and do not save it.
+        main_grads: what backward adds the gradients of `w_up` and `w_down_EDF` to, such as float32
+            sums over micro-batches; the weights themselves then get none.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
     """
-    return _ExpertFFN.apply(x_ND, weights_R, w_up, w_down_EDF, rows, counts_E, activation, backend)
+    options = _Options(activation, backend, recompute, main_grads)
+    return _ExpertFFN.apply(x_ND, weights_R, w_up, w_down_EDF, rows, counts_E, options)
 
 
 def expert_ffn_loop(
@@ -87,6 +93,13 @@ def expert_ffn_loop(
     return gather_sum_loop((torch.cat(outputs) * weights_R[:, None]).to(x_ND.dtype), rows)
 
 
+class _Options(NamedTuple):
+    activation: Activation
+    backend: Backend
+    recompute: bool
+    main_grads: tuple[Tensor, Tensor] | None
+
+
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,10 +110,10 @@ class _ExpertFFN(torch.autograd.Function):
         w_down_EDF: Tensor,
         rows: RowMap,
         counts_E: Tensor,
-        activation: Activation,
-        backend: Backend,
+        options: _Options,
     ) -> Tensor:
-        backend = resolve_backend(backend, x_ND.device, x_ND.dtype)
+        backend = resolve_backend(options.backend, x_ND.device, x_ND.dtype)
+        ctx.backend, ctx.options, activation = backend, options, options.activation
         if backend == "loop":
             z_RH, y_RD = forward_by_expert(
                 x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation
@@ -114,40 +127,48 @@ class _ExpertFFN(torch.autograd.Function):
             z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend)
             a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
             y_ND = sum_rows(grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E, backend), rows)
-        ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *rows)
-        ctx.activation, ctx.backend = activation, backend
+        kept_RH = None if options.recompute else z_RH
+        ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, kept_RH, counts_E, *rows)
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *row_tensors = ctx.saved_tensors
-        rows = RowMap(*row_tensors)
+        rows, (activation, _, _, main_grads) = RowMap(*row_tensors), ctx.options
         # The gradient of a sum is expanded: every row of it the same memory.
         dy_ND = dy_ND.contiguous()
-        if ctx.backend == "loop":
-            dx_RD, dweights_R, dw_up, dw_down_EDF = backward_by_expert(
+        if ctx.backend == "triton":
+            dx_ND, dweights_R, *dw = backward_by_triton(
                 dy_ND,
                 x_ND,
-                rows.index_R,
+                rows,
                 weights_R,
                 counts_E,
                 w_up,
                 w_down_EDF,
                 z_RH,
-                ctx.activation,
+                activation,
+                main_grads,
+            )
+        elif ctx.backend == "loop":
+            dx_RD, dweights_R, *dw = backward_by_expert(
+                dy_ND, x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, z_RH, activation
             )
             dx_ND = sum_rows(dx_RD, rows)
-        elif ctx.backend == "triton":
-            dx_ND, dweights_R, dw_up, dw_down_EDF = backward_by_triton(
-                dy_ND, x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, z_RH, ctx.activation
-            )
         else:
-            dy_RD = take_rows(dy_ND, rows)
-            backend = ctx.backend
+            dy_RD, backend = take_rows(dy_ND, rows), ctx.backend
+            if z_RH is None:
+                z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend)
             da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend)
-            a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, ctx.activation)
+            a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, activation)
             dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend).to(w_down_EDF.dtype)
             del dy_RD
             dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend).to(w_up.dtype)
             dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E, backend), rows)
-        return dx_ND, dweights_R, dw_up, dw_down_EDF, None, None, None, None
+            dw = [dw_up, dw_down_EDF]
+        if main_grads is None:
+            return dx_ND, dweights_R, *dw, None, None, None
+        if ctx.backend != "triton":  # the kernels have added them
+            for main, gradient in zip(main_grads, dw, strict=True):
+                main.add_(gradient)
+        return dx_ND, dweights_R, None, None, None, None, None

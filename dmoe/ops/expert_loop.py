@@ -51,34 +51,39 @@ def backward_by_expert(
     counts_E: Tensor,
     w_up: Tensor,
     w_down_EDF: Tensor,
-    z_RH: Tensor,
+    z_RH: Tensor | None,
     activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of each row's input and gate, dx_RD and dweights_R, and of both weights.
 
     Args:
         dy_ND: gradient of the output, contiguous.
-        z_RH: what the forward pass returned.
+        z_RH: what the forward pass returned; None to compute each expert's again.
     """
     counts, dtype = counts_E.tolist(), x_ND.dtype
     dx_RD, dweights_R = x_ND.new_empty(len(index_R), x_ND.shape[1]), torch.empty_like(weights_R)
     dw_up, dw_down_EDF = torch.empty_like(w_up), torch.empty_like(w_down_EDF)
     x_buffer = x_ND.new_empty(max(counts), x_ND.shape[1])
     dy_buffer = torch.empty_like(x_buffer)
-    for w1, w2, dw1, dw2, index, weights, z, dx, dweights in zip(
+    z_of_experts = [None] * len(counts) if z_RH is None else z_RH.split(counts)
+    for w1, w2, dw1, dw2, z, index, weights, dx, dweights in zip(
         w_up,
         w_down_EDF,
         dw_up,
         dw_down_EDF,
-        *(rows.split(counts) for rows in (index_R, weights_R, z_RH, dx_RD, dweights_R)),
+        z_of_experts,
+        *(rows.split(counts) for rows in (index_R, weights_R, dx_RD, dweights_R)),
         strict=True,
     ):
+        x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
+        if z is None:
+            z = x.new_empty(len(x), len(w1))
+            _product(x, w1.t().to(dtype), out=z)
         dy = _padded(torch.index_select(dy_ND, 0, index, out=dy_buffer[: len(index)]))
         da = (dy @ w2.to(dtype))[: len(index)]
         a, dz, gate_gradient = activate_backward(z, da, weights, activation)
         dweights.copy_(gate_gradient)
         _outer(dy, _padded(a), out=dw2)
-        x = torch.index_select(x_ND, 0, index, out=x_buffer[: len(index)])
         dz = _padded(dz)
         _outer(dz, _padded(x), out=dw1)
         _product(dz, w1.to(dtype), out=dx)

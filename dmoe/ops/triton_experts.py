@@ -36,8 +36,9 @@ def backward_by_triton(
     counts_E: Tensor,
     w_up: Tensor,
     w_down_EDF: Tensor,
-    z_RH: Tensor,
+    z_RH: Tensor | None,
     activation: Activation,
+    main_grads: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x_ND, weights_R, w_up and w_down_EDF, each in its dtype.
 
@@ -49,8 +50,9 @@ def backward_by_triton(
         counts_E: as in the forward pass.
         w_up: as in the forward pass.
         w_down_EDF: as in the forward pass.
-        z_RH: what the forward pass returned.
+        z_RH: what the forward pass returned; None to compute it again.
         activation: as in the forward pass.
+        main_grads: what the gradients of the weights are added to and returned as, or None.
     """
     from dmoe_kernels.experts import experts_backward
 
@@ -64,6 +66,7 @@ def backward_by_triton(
         *_in_dtype_of(x_ND, w_up, w_down_EDF),
         activation,
         w_up.dtype,
+        accumulate=main_grads,
     )
 
 

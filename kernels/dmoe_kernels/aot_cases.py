@@ -7,12 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dmoe_kernels import capacity, combine, dz, grouped_gemm, mean_mask, routing, slots, tiles, up
+from dmoe_kernels import (
+    capacity,
+    combine,
+    dz,
+    grouped_gemm,
+    mean_mask,
+    routing,
+    slots,
+    tiles,
+    up,
+    wire,
+)
 from dmoe_kernels.configs import Config, candidates, scaled_k
 
 # Shared memory a program may use, and whether products read both sides from it.
 _LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
-_SIZES = ("size_m", "size_n", "size_k", "ffn_dim", "dim")
+_SIZES = ("size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
     yield "combine", "dim 2048", combine.gather_sum_kernel, pointers, constants, 4
     yield from _routing()
     yield from _slots()
+    yield from _wire()
     yield from _mean_mask()
 
 
@@ -161,6 +173,14 @@ def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], in
     yield "slots", "place", slots.place_kernel, pointers, constants, 4
     pointers = {"ids": "i64", "counts": "i32", "positions": "i32"}
     yield "capacity", "position", capacity.position_kernel, pointers, constants, 4
+
+
+def _wire() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
+    pointers = {"x": "bf16", "wire": "u8", "by_source": "i64", "offsets": "i64"}
+    sizes = {"BLOCKS": 16}
+    kernel, constants = wire.quantize_kernel, {"HAS_MAP": True} | sizes
+    yield "wire", "quantize, dim 2048", kernel, pointers, constants, 4
+    yield "wire", "dequantize, dim 2048", wire.dequantize_kernel, pointers, sizes, 4
 
 
 def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:

@@ -36,9 +36,11 @@ CASES = {
     "padding": ({}, {"valid_T": torch.arange(TOKENS) % LENGTH < 7}),
     "a random subset": ({}, {"k_L": (2,), "k_ideal": 4}),
     "capacity": ({"capacity": {"factor": 1.0, "minimum": 1}}, {}),
+    "capacity by score": ({"capacity": {"factor": 0.5, "policy": "score", "group": 7}}, {}),
     "top p": ({"router": {"name": "top_p"}}, {}),
+    "fp8": ({"dispatch_dtype": "fp8", "recompute_experts": True}, {}),
 }
-QUICK = {"a k for each token", "padding", "capacity"}
+QUICK = {"a k for each token", "padding", "capacity", "fp8"}
 
 
 @pytest.mark.parametrize(

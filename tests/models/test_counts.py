@@ -38,6 +38,11 @@ CONFIGS = [
     )
 ]
 
+# What changes the bytes that are kept, and nothing else.
+KEEPING = ModelConfig.model_validate(
+    SIZES | {"num_layers": 2, "moe": MOE | {"recompute_experts": True, "dispatch_dtype": "fp8"}}
+)
+
 
 def by_arithmetic(config: ModelConfig) -> dict[str, int]:
     """Count from the sizes alone, the way a paper would."""
@@ -130,7 +135,7 @@ def on_loop_backend(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"moe": config.moe.model_copy(update={"backend": "loop"})})
 
 
-@pytest.mark.parametrize("config", CONFIGS[::2])
+@pytest.mark.parametrize("config", [*CONFIGS[::2], KEEPING])
 @pytest.mark.parametrize(
     ("recompute", "masked"),
     [("none", False), ("none", True), ("selective", False), ("full", False)],
@@ -188,6 +193,19 @@ def test_loss_keeps_logits_softmax_and_its_gradient() -> None:
         exchanged=False,
     )
     assert expected.logits == logits.nbytes + 2 * softmax
+
+
+def test_experts_that_compute_again_hold_one_layer_then() -> None:
+    kept = activations(
+        KEEPING,
+        num_tokens=10,
+        seq_len=10,
+        dtype=torch.bfloat16,
+        recompute="none",
+        masked=False,
+        exchanged=False,
+    )
+    assert kept.recomputed == 2 * 10 * 3 * (2 * 48)  # bfloat16, rows, gate and up
 
 
 def test_recomputation_and_exchange_cost_what_they_hold() -> None:

@@ -60,6 +60,35 @@ def test_equals_the_loop(activation, counts, precision, backend) -> None:
         assert error <= tolerance * want.norm()
 
 
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+def test_recomputing_and_main_gradients_change_no_number(backend) -> None:
+    torch.manual_seed(0)
+    rows, counts = RowMap.from_index(torch.randint(6, (9,)), 6), torch.tensor([3, 0, 5, 1])
+    shapes = [(6, 16), (9,), (4, 16, 16), (4, 16, 8)]
+    inputs = [torch.randn(s) for s in shapes]
+
+    def run(**options):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        x, weights, *both = leaves
+        options |= {"activation": "swiglu", "backend": backend}
+        y = expert_ffn(x, rows, weights, counts, *both, **options)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
+
+    want = run()
+    for got, expected in zip(run(recompute=True), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    # Two micro-batches are added up in float32, and the weights themselves get no gradient.
+    main_grads = tuple(torch.zeros(s) for s in shapes[2:])
+    for _ in range(2):
+        *got, dw_up, dw_down = run(main_grads=main_grads)
+        assert dw_up is None
+        assert dw_down is None
+        for a, b in zip(got, want, strict=False):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for got, expected in zip(main_grads, want[3:], strict=True):
+        torch.testing.assert_close(got, 2 * expected)
+
+
 def test_takes_the_expanded_gradient_of_a_sum() -> None:
     rows = RowMap.from_index(torch.tensor([0, 1]), 2)
     x = torch.randn(2, 8, requires_grad=True)
@@ -69,8 +98,9 @@ def test_takes_the_expanded_gradient_of_a_sum() -> None:
     assert x.grad is not None
 
 
-def test_saves_x_and_the_pre_activation_alone() -> None:
-    """2ND + 4NKF bytes in bfloat16, beside row numbers, gates and parameters."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saves_x_and_the_pre_activation_alone(recompute: bool) -> None:
+    """2ND + 4NKF bytes in bfloat16, beside row numbers, gates and parameters; or 2ND."""
     num_sources, top_k, dim, ffn_dim, num_experts = 64, 4, 32, 16, 8
     index = torch.arange(num_sources).repeat(top_k)
     rows = RowMap.from_index(index, num_sources)
@@ -87,7 +117,8 @@ def test_saves_x_and_the_pre_activation_alone() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        expert_ffn(x, rows, weights, counts, w_up, w_down, activation="swiglu")
+        expert_ffn(x, rows, weights, counts, w_up, w_down, activation="swiglu", recompute=recompute)
     parameters = 2 * (w_up.numel() + w_down.numel())
-    expected = 2 * num_sources * dim + 4 * num_sources * top_k * ffn_dim
+    pre_activation = 0 if recompute else 4 * num_sources * top_k * ffn_dim
+    expected = 2 * num_sources * dim + pre_activation
     assert sum(saved.values()) - parameters == expected

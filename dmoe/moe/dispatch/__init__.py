@@ -11,7 +11,7 @@ from torch import Tensor
 from dmoe.config.base import ConfigError
 from dmoe.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllHandle
 from dmoe.moe.dispatch.local import LocalDispatcher
-from dmoe.moe.dispatch.rows import Rows
+from dmoe.moe.dispatch.rows import DispatchDtype, Rows
 from dmoe.moe.routing import Routing
 from dmoe.ops import Backend
 from dmoe.parallel import ParallelDims
@@ -22,8 +22,10 @@ DispatchName = Literal["auto", "local", "all_to_all"]
 class Dispatcher(Protocol):
     """The seam that every way of communication implements."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, Any]:
-        """Return rows sorted by local expert, (e,) counts and a handle."""
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, exact: bool = False
+    ) -> tuple[Rows, Tensor, Any]:
+        """Return rows sorted by local expert, (e,) counts and a handle; `exact` rows not in fp8."""
         ...
 
     def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
@@ -32,29 +34,38 @@ class Dispatcher(Protocol):
 
 
 def build_dispatcher(
-    name: DispatchName, *, num_experts: int, dims: ParallelDims, backend: Backend = "auto"
+    name: DispatchName,
+    *,
+    num_experts: int,
+    dims: ParallelDims,
+    backend: Backend = "auto",
+    dtype: DispatchDtype = "same",
 ) -> Dispatcher:
     """Build the dispatcher; "auto" is "local" on one rank and "all_to_all" on several.
 
-    An exchange within a group of one rank sends nothing: "all_to_all" is "local" there.
+    An exchange within a group of one rank sends nothing: "all_to_all" is "local" there. Rows are
+    rounded to `dtype` all the same, so that numbers do not depend on the layout.
 
     Raises:
         ConfigError: "local" with experts on several ranks.
     """
     if dims.ep_group is None:
-        return LocalDispatcher(num_experts=num_experts, backend=backend)
+        return LocalDispatcher(num_experts=num_experts, backend=backend, dtype=dtype)
     if name == "local":
         raise ConfigError(
             f"model.moe.dispatch = local cannot reach experts on other ranks, but parallel.ep = "
             f"{dims.ep}: set model.moe.dispatch to auto or all_to_all",
             key="model.moe.dispatch",
         )
-    return AllToAllDispatcher(num_experts=num_experts, group=dims.ep_group, backend=backend)
+    return AllToAllDispatcher(
+        num_experts=num_experts, group=dims.ep_group, backend=backend, dtype=dtype
+    )
 
 
 __all__ = [
     "AllToAllDispatcher",
     "AllToAllHandle",
+    "DispatchDtype",
     "DispatchName",
     "Dispatcher",
     "LocalDispatcher",

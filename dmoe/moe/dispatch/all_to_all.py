@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.moe.dispatch.rows import Rows
+from dmoe.moe.dispatch.quantized import send_quantized
+from dmoe.moe.dispatch.rows import DispatchDtype, Rows
 from dmoe.moe.routing import Routing
 from dmoe.ops import Backend, RowMap, gather, gather_sum, sort_slots, uses_kernels
 from dmoe.parallel import all_to_all_rows
@@ -31,13 +32,23 @@ class AllToAllHandle(NamedTuple):
 class AllToAllDispatcher:
     """Exchanges rows within `group`; rank r of it holds the experts [r e, (r + 1) e)."""
 
-    def __init__(self, *, num_experts: int, group: dist.ProcessGroup, backend: Backend = "auto"):
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        group: dist.ProcessGroup,
+        backend: Backend = "auto",
+        dtype: DispatchDtype = "same",
+    ):
         self.num_experts = num_experts
         self.group = group
         self.backend = backend
+        self.dtype = dtype
         self.num_local = num_experts // group.size()
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Tensor, AllToAllHandle]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, exact: bool = False
+    ) -> tuple[Rows, Tensor, AllToAllHandle]:
         """Return the rows for the local experts, sorted by expert, (e,) counts, and the handle."""
         by_triton = uses_kernels(self.backend, x_TD.device, x_TD.dtype)
         slots_R, sent, counts_E = sort_slots(
@@ -48,8 +59,12 @@ class AllToAllDispatcher:
         receive_counts = received_Pe.sum(1).tolist()
         slots_R, sent = slots_R[: sum(send_counts)], sent.head(sum(send_counts))
         weights_R = routing.weights_TK.flatten().index_select(0, slots_R)
-        x_ND = all_to_all_rows(gather(x_TD, sent), send_counts, receive_counts, self.group)
-        weights_N = all_to_all_rows(weights_R, send_counts, receive_counts, self.group)
+        route = (send_counts, receive_counts, self.group)
+        if self.dtype == "fp8" and not exact:
+            x_ND = send_quantized(x_TD, sent, *route, by_triton=by_triton)
+        else:
+            x_ND = all_to_all_rows(gather(x_TD, sent), *route)
+        weights_N = all_to_all_rows(weights_R, *route)
 
         received = self._sort_received(received_Pe)
         rows = Rows(x_ND, received, weights_N.index_select(0, received.index_R))

@@ -1,13 +1,15 @@
-"""What dispatchers hand to experts.
+"""What dispatchers hand to experts, and in what precision they send it.
 
 Shapes: N source rows, R routed rows, D model dim.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from dmoe.ops import RowMap, gather
+
+DispatchDtype = Literal["same", "fp8"]
 
 
 class Rows(NamedTuple):

@@ -22,9 +22,10 @@ class GroupedExperts(nn.Module):
         ffn_dim: int,
         activation: Activation,
         backend: Backend = "auto",
+        recompute: bool = False,
     ):
         super().__init__()
-        self.activation, self.backend = activation, backend
+        self.activation, self.backend, self.recompute = activation, backend, recompute
         if activation == "swiglu":
             self.w_gate_up_E2FD = nn.Parameter(torch.empty(num_local, 2 * ffn_dim, dim))
         else:
@@ -43,4 +44,9 @@ class GroupedExperts(nn.Module):
         arguments = (rows.x_ND, rows.map, rows.weights_R, counts_e, w_up, self.w_down_EDF)
         if factors_RF is not None:
             return expert_ffn_loop(*arguments, activation=self.activation, factors_RF=factors_RF)
-        return expert_ffn(*arguments, activation=self.activation, backend=self.backend)
+        return expert_ffn(
+            *arguments,
+            activation=self.activation,
+            backend=self.backend,
+            recompute=self.recompute,
+        )

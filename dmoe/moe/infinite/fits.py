@@ -39,6 +39,8 @@ def check_infinite(infinite: InfiniteConfig, moe: "MoEConfig") -> None:
         ("capacity", moe.capacity and f"factor {moe.capacity.factor}"),
         ("num_shared_experts", moe.num_shared_experts),
         ("expert_dropout", moe.expert_dropout),
+        ("recompute_experts", moe.recompute_experts),
+        ("dispatch_dtype", moe.dispatch_dtype != "same" and moe.dispatch_dtype),
         ("losses", ", ".join(f"{n} {w}" for n, w in moe.losses.weights().items())),
     ):
         if given:

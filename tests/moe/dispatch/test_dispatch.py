@@ -12,6 +12,7 @@ from torch import Tensor
 from dmoe.config.base import ConfigError
 from dmoe.moe.dispatch import (
     AllToAllDispatcher,
+    DispatchDtype,
     Dispatcher,
     LocalDispatcher,
     Rows,
@@ -113,15 +114,15 @@ def test_rows_are_sorted_by_expert_then_token() -> None:
     assert torch.equal(rows.weights_R, expected)
 
 
-def _compare_with_local(ep: int) -> None:
+def _compare_with_local(ep: int, dtype: DispatchDtype) -> None:
     """Compare every scenario over the ranks of each expert-parallel group."""
     dims = ParallelDims.create(ep=ep)
-    dispatcher = build_dispatcher("auto", num_experts=EXPERTS, dims=dims)
+    dispatcher = build_dispatcher("auto", num_experts=EXPERTS, dims=dims, dtype=dtype)
     assert isinstance(dispatcher, AllToAllDispatcher)
     experts = dims.local_experts(EXPERTS)
     for name, (sizes, ids_TK) in scenarios(ep).items():
         x, gates, scale, dy = leaves = leaves_of(sum(sizes))
-        local = LocalDispatcher(num_experts=EXPERTS)
+        local = LocalDispatcher(num_experts=EXPERTS, dtype=dtype)
         y, dx, dgates, dscale = forward_backward(local, ids_TK, leaves)
         start = sum(sizes[: dims.ep_rank])
         mine = slice(start, start + sizes[dims.ep_rank])
@@ -131,15 +132,16 @@ def _compare_with_local(ep: int) -> None:
         try:
             assert_close(actual, (y[mine], dx[mine], dgates[mine], dscale[held]))
         except AssertionError as error:
-            raise AssertionError(f"ep {ep}, scenario: {name}") from error
+            raise AssertionError(f"ep {ep}, {dtype}, scenario: {name}") from error
 
     with pytest.raises(ConfigError, match=rf"dispatch = local .* parallel.ep = {ep}"):
         build_dispatcher("local", num_experts=EXPERTS, dims=dims)
 
 
 def _compare_on_groups_of_two_and_four() -> None:
-    _compare_with_local(ep=2)
-    _compare_with_local(ep=4)
+    for dtype in ("same", "fp8"):
+        _compare_with_local(2, dtype)
+        _compare_with_local(4, dtype)
 
 
 def test_all_to_all_equals_local_on_all_the_tokens() -> None:
