@@ -38,15 +38,20 @@ class Settings(NamedTuple):
 
 
 def parse_settings(docstring: str | None) -> Settings:
-    """Read the command line, set the number of threads, and take memory as training does."""
-    tune_host_memory()
+    """Read the command line, and prepare this process."""
     parser = argparse.ArgumentParser(description=docstring)
     parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     settings = Settings(**vars(parser.parse_args()))
-    torch.set_num_threads(settings.threads)
+    prepare(settings)
     return settings
+
+
+def prepare(settings: Settings) -> None:
+    """Set the number of threads, and take memory as training does; before the first tensor."""
+    tune_host_memory()
+    torch.set_num_threads(settings.threads)
 
 
 def measure(

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from experiment_runs import names_of, perform_all, prepare_text
 from infinite_arms import ARMS, arm_config, arms_of
@@ -88,7 +87,6 @@ def speed(
     ] = "wall",
 ) -> None:
     """Time a training step of every arm."""
-    torch.set_num_threads(threads)
     measure_speed(out / "speed.json", Settings(rounds, threads, clock))
 
 

@@ -12,11 +12,12 @@ from experiment_step import training_step
 from infinite_arms import ARMS, arm_config
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from harness import Settings, machine, measure
+from harness import Settings, machine, measure, prepare
 
 
 def measure_speed(path: Path, settings: Settings) -> None:
     """Time a training step of every arm and write `path`, milliseconds of each round."""
+    prepare(settings)
     configs = {arm: arm_config(arm) for arm in ARMS}
     train = configs["neuron"].train
     numbers = {

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from experiment_runs import names_of, perform_all, prepare_text
 from matryoshka_arms import ARMS, arm_config, steps_of
@@ -84,7 +83,6 @@ def train(
 @app.command()
 def speed(out: Out, rounds: Rounds = 25, threads: Threads = 1, clock: Clock = "wall") -> None:
     """Time inference against k, and a training step with elastic k against one with fixed k."""
-    torch.set_num_threads(threads)
     measure_speed(out / "speed.json", Settings(rounds, threads, clock))
 
 

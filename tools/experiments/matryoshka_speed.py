@@ -19,7 +19,7 @@ from dmoe.models.attention import KVCache
 from dmoe.models.counts import flops_per_token
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from harness import Settings, machine, measure
+from harness import Settings, machine, measure, prepare
 
 MODEL = ModelConfig.model_validate(
     {
@@ -40,6 +40,7 @@ STEP_K = (2, 4)
 
 def measure_speed(path: Path, settings: Settings) -> None:
     """Time everything and write it to `path`, milliseconds of each round."""
+    prepare(settings)
     model = build_model(MODEL).eval()
     passes = {"prefill": {k: _prefill(model, k) for k in SWEEP}}
     sizes = {"prefill": (PREFILL_TOKENS, PREFILL_TOKENS)}
