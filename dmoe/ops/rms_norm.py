@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         # One pass of LayerNorm's kernel with a mean of zero. It takes scale * mean(dy * weight)
         # from every row of dx, as if the mean had been subtracted, so that is added back.
-        wide = weight.to(scale.dtype)
+        wide = weight.to(x.dtype).to(scale.dtype)  # as the forward pass has rounded it
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, weight.shape, torch.zeros_like(scale), scale, wide, None, [True, True, False]
         )

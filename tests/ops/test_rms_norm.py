@@ -29,6 +29,18 @@ def test_equals_torch(shape, dtype, weight_dtype, tolerance) -> None:
         assert (actual.double() - expected).norm() <= tolerance * expected.norm()
 
 
+def test_the_gradient_is_of_the_weight_that_was_used() -> None:
+    """A float32 weight is rounded in the forward pass, so its last bits change no gradient."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(7, 16, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.rand(16) + 1
+    gradients = []
+    for given in (weight, weight.bfloat16().float()):
+        inputs = [x.clone().requires_grad_(), given.requires_grad_()]
+        gradients.append(torch.autograd.grad(rms_norm(*inputs, 1e-5), inputs, dy))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_row_of_zeros_stays_zero_and_finite() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
     y = rms_norm(x, torch.ones(4), 1e-5)
