@@ -16,6 +16,7 @@ from dmoe_kernels import (
     routing,
     slots,
     tiles,
+    tma,
     up,
     wire,
 )
@@ -88,6 +89,9 @@ def _product(
     config: Config,
 ) -> Case:
     block_k = scaled_k(config, 2)
+    if config.tma:
+        kernel, form = tma.gemm_tma_kernel, f"{form}, TMA"
+        constants = {"TRANSPOSED": constants["TRANSPOSED"]}
     sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": block_k}
     return Case(
         name,

@@ -32,6 +32,8 @@ class Config(NamedTuple):
     """Steps that are loaded ahead."""
     group_m: int = 16
     """Tiles of rows that share a block of weights in the L2 cache."""
+    tma: bool = False
+    """Load both sides by TMA, with warps of their own (sm_90); only where tuning found it best."""
 
 
 # The first of a kernel that fits is taken where nothing was tuned. None spills: see aot.py.
@@ -53,6 +55,8 @@ CANDIDATES = {
         Config(128, 128, 32, 8, 3),
         Config(64, 128, 64, 4, 4),
         Config(64, 64, 32, 4, 2),
+        Config(128, 256, 64, 4, 3, tma=True),
+        Config(128, 128, 64, 4, 4, tma=True),
     ],
     "dz": [
         Config(128, 128, 64, 8, 4),
@@ -104,14 +108,15 @@ def candidates(kernel: str, itemsize: int, shared_memory: int, wgmma: bool) -> l
         kernel: a key of `CANDIDATES`.
         itemsize: bytes of an element.
         shared_memory: bytes a program may use.
-        wgmma: whether products read both sides from shared memory (sm_90): elsewhere a program that
-            holds more than 2048 numbers a warp, 128 x 128 for 8 of them, spills.
+        wgmma: whether products read both sides from shared memory, and TMA is there (sm_90):
+            elsewhere a program that holds more than 2048 numbers a warp, 128 x 128 for 8 of them,
+            spills.
     """
     fitting = [
         config
         for config in CANDIDATES[kernel]
         if bytes_needed(kernel, config, itemsize) <= shared_memory
-        and (wgmma or _held(kernel, config) <= 2048 * config.warps)
+        and (wgmma or (not config.tma and _held(kernel, config) <= 2048 * config.warps))
     ]
     assert fitting, f"no config of {kernel} fits {shared_memory} bytes"
     return fitting

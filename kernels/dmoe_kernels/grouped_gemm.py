@@ -12,6 +12,7 @@ from torch import Tensor
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
 from dmoe_kernels.tiles import Tiles, tile_rows
+from dmoe_kernels.tma import gemm_by_tma
 
 
 def grouped_gemm(
@@ -47,6 +48,10 @@ def grouped_gemm(
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)
+    if config.tma:
+        assert index_R is None, "TMA reads rows that lie one after the other"
+        gemm_by_tma(a_RK, w, y_RN, tiles, transposed=transposed, config=config)
+        return y_RN
     block_k = scaled_k(config, a_RK.itemsize)
     most = tiles.table_3M.shape[1] * triton.cdiv(size_n, config.block_n)
     gemm_kernel[(num_programs(a_RK.device, most),)](
