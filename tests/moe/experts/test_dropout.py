@@ -69,6 +69,13 @@ def test_other_layers_refuse_it() -> None:
         MoEConfig(num_experts=3, expert_ffn_dim=8, infinite={}, expert_dropout=0.4)
 
 
+def test_experts_that_compute_again_refuse_it_and_neurons_refuse_those() -> None:
+    options = {"num_experts": 3, "expert_ffn_dim": 8, "recompute_experts": True}
+    for also in ({"expert_dropout": 0.4}, {"infinite": {}}, {"router": {"name": "soft_moe"}}):
+        with pytest.raises(ValueError, match=r"recompute_experts"):
+            MoEConfig.model_validate(options | also)
+
+
 def test_bfloat16_rows_meet_float32_weights() -> None:
     options = {"num_experts": EXPERTS, "expert_ffn_dim": FFN, "expert_dropout": 0.4}
     layer = MoELayer(MoEConfig(**options), dim=DIM)
