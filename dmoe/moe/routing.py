@@ -132,6 +132,10 @@ class MoEContext:
         """Experts per token in this layer; None for the router's own."""
         return None if self.k_L is None else self.k_L[self.layer]
 
+    def k_or(self, own: int) -> int | Tensor:
+        """Return the experts per token in this layer, `own` where nothing else is said."""
+        return own if self.k is None else self.k
+
     def at_layer(self, layer: int) -> "MoEContext":
         """Return the context of one layer."""
         return replace(self, layer=layer)

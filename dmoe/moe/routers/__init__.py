@@ -3,6 +3,7 @@
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
 from dmoe.moe.routers.base_layer import BaseLayerConfig, BaseLayerRouter
 from dmoe.moe.routers.batchwise import BatchwiseConfig, BatchwiseRouter
+from dmoe.moe.routers.choice import top_k_routing
 from dmoe.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from dmoe.moe.routers.expert_threshold import ExpertThresholdConfig, ExpertThresholdRouter
 from dmoe.moe.routers.forced_balance import ForcedBalanceConfig, ForcedBalanceRouter
@@ -78,4 +79,5 @@ __all__ = [
     "TopKRouter",
     "TopPConfig",
     "TopPRouter",
+    "top_k_routing",
 ]

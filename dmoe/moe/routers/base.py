@@ -44,8 +44,11 @@ class RouterSection(ConfigModel):
 
     @property
     def fixed_k(self) -> int | None:
-        """Experts of every token where the context does not say; None where tokens differ."""
-        raise NotImplementedError
+        """Experts of every token where the context does not say: `top_k`, if the section has it.
+
+        None where tokens differ.
+        """
+        return getattr(self, "top_k", None)
 
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""

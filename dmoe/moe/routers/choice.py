@@ -1,4 +1,4 @@
-"""How a token's experts are chosen once it is known how many, and how gates are normalised.
+"""How a token's experts are chosen once there are scores, and how gates are normalised.
 
 Shapes: T tokens, E experts, K slots per token, P experts that a token draws from.
 """
@@ -8,9 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.moe.routing import MoEContext
+from dmoe.moe.routing import MoEContext, Routing, make_routing
 from dmoe.ops import top_k_ids
 from dmoe.rng import stream_key, token_uniform
+
+
+def top_k_routing(logits_TE: Tensor, scores_TE: Tensor, k: int, context: MoEContext) -> Routing:
+    """Route each token to its k best experts, with their scores as gates: a plain router.
+
+    Args:
+        logits_TE: (T, E) router output.
+        scores_TE: (T, E) what is made of it, rows summing to 1.
+        k: experts of every token, where the context does not say.
+        context: of the pass.
+    """
+    ids_TK = context.decide(
+        "expert_ids", lambda: choose(scores_TE, scores_TE, context.k_or(k), context)
+    )
+    return make_routing(logits_TE, scores_TE, ids_TK, scores_of(ids_TK, scores_TE))
 
 
 def choose(keys_TE: Tensor, scores_TE: Tensor, k: int | Tensor, context: MoEContext) -> Tensor:

@@ -36,11 +36,6 @@ class ExpertChoiceConfig(RouterSection):
     group: Literal["sequence", "micro_batch"] = "sequence"
     """The tokens among which an expert chooses."""
 
-    @property
-    def fixed_k(self) -> None:
-        """None: tokens differ."""
-        return None
-
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""
         return {"router.factor": self.factor}

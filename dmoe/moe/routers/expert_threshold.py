@@ -31,11 +31,6 @@ class ExpertThresholdConfig(RouterSection):
     """Of the running mean, a step. Before the first step there are no thresholds, and experts take
     their share of the micro-batch."""
 
-    @property
-    def fixed_k(self) -> None:
-        """None: tokens differ."""
-        return None
-
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""
         return {"router.target_k": self.target_k}

@@ -24,11 +24,6 @@ class ForcedBalanceConfig(RouterSection):
     top_k: PositiveInt = 2
     """Experts per token."""
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "ForcedBalanceRouter":
         """Build the router."""
         return ForcedBalanceRouter(self, dim=dim, num_experts=num_experts)
@@ -46,7 +41,7 @@ class ForcedBalanceRouter(Router):
         """Route each token of `x_TD`, (T, D), by its place alone."""
         logits_TE = self.gate(x_TD)
         num_tokens, num_experts = logits_TE.shape
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         k_T = torch.as_tensor(k, device=x_TD.device).expand(num_tokens)
         place_K = torch.arange(most_slots(k), device=x_TD.device)
         ids_TK = (k_T.cumsum(0) - k_T)[:, None] + place_K

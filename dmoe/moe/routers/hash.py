@@ -28,11 +28,6 @@ class HashConfig(RouterSection):
     hash_seed: int = 0
     """Chooses the hash. It belongs to the model, so it is not the seed of the run."""
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "HashRouter":
         """Build the router."""
         return HashRouter(self, num_experts=num_experts)
@@ -52,7 +47,7 @@ class HashRouter(Router):
         key = stream_key(self.config.hash_seed, "hash_router", context.layer)
         draws_TE = token_uniform(key, context.vocab_ids_T, self.num_experts)
         draws_TE = draws_TE.to(torch.promote_types(x_TD.dtype, torch.float32))
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         ids_TK = context.decide("expert_ids", lambda: choose(draws_TE, draws_TE, k, context))
         used_TK = (ids_TK >= 0).to(draws_TE.dtype)
         weights_TK = used_TK / used_TK.sum(1, keepdim=True).clamp(min=1)

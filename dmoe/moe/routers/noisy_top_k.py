@@ -31,11 +31,6 @@ class NoisyTopKConfig(NoisySection):
     top_k: PositiveInt = 2
     """Experts per token."""
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "NoisyTopKRouter":
         """Build the router."""
         return NoisyTopKRouter(self, dim=dim, num_experts=num_experts)
@@ -55,7 +50,7 @@ class NoisyTopKRouter(Router):
         is_noisy = self.config.noise and context.training
         noisy_TE = with_noise(clean_TE, std_TE, context) if is_noisy else clean_TE
         scores_TE = clean_TE.softmax(-1)
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         ids_TK = context.decide("expert_ids", lambda: choose(noisy_TE, scores_TE, k, context))
         weights_TK = softmax_over_choice(ids_TK, noisy_TE)
         amounts = {"importance": importance(ids_TK, weights_TK, clean_TE.shape[1])}

@@ -34,15 +34,11 @@ class ReluConfig(RouterSection):
     """Weight of the penalty at the first step."""
     penalty_factor: float = Field(default=1.2, gt=1)
     """After each step the weight is multiplied by it where tokens had more experts than the target,
-    and else divided by it."""
+    and else divided by it. Where the weight grows faster than the router learns, it overshoots the
+    target, and experts that no token uses any more do not come back: take less in short runs."""
     balance: bool = True
     """Penalise the gates of an expert in proportion to its load in the micro-batch, so that loads
     become even."""
-
-    @property
-    def fixed_k(self) -> None:
-        """None: tokens differ."""
-        return None
 
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""

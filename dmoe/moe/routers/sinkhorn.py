@@ -38,11 +38,6 @@ class SinkhornConfig(RouterSection):
     group: Literal["sequence", "micro_batch"] = "micro_batch"
     """The tokens over which the columns are made even."""
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "SinkhornRouter":
         """Build the router."""
         return SinkhornRouter(self, dim=dim, num_experts=num_experts)
@@ -69,7 +64,7 @@ class SinkhornRouter(Router):
         if context.training:
             size = group_size_of(self.config.group, context, len(logits_TE))
             keys_TE = even_columns(logits_TE, size, self.config.iterations, context.valid_T)
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         return choose(keys_TE, scores_TE, k, context)
 
 

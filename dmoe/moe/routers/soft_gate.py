@@ -24,11 +24,6 @@ class SoftGateConfig(RouterSection):
     name: Literal["soft_gate"]
     """A softmax over all experts, of which none is left out."""
 
-    @property
-    def fixed_k(self) -> None:
-        """None: it is the number of experts."""
-        return None
-
     def limits(self) -> dict[str, float | None]:
         """Return nothing: there is no number to check."""
         return {}

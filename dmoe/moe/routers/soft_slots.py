@@ -41,11 +41,6 @@ class SoftMoEConfig(RouterSection):
     normalize: bool = True
     """Bring tokens and slot vectors to length 1 before their product, times a learnt scale."""
 
-    @property
-    def fixed_k(self) -> None:
-        """None: every token is in all slots."""
-        return None
-
     def limits(self) -> dict[str, float | None]:
         """Return nothing: there is no number to check."""
         return {}

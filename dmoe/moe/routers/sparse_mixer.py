@@ -37,11 +37,6 @@ class SparseMixerConfig(RouterSection):
     """An expert is close whose logit is below the best by no more than 2 jitter times the larger of
     the best and its own size (Phi-3.5-MoE: 0.01)."""
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "SparseMixerRouter":
         """Build the router."""
         return SparseMixerRouter(self, dim=dim, num_experts=num_experts)
@@ -81,7 +76,7 @@ class SparseMixerRouter(Router):
 
     def draw(self, logits_TE: Tensor, context: MoEContext) -> Draw:
         """Draw the experts of every token; padding has none."""
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         left_TE, steps = logits_TE, []
         for slot in range(most_slots(k)):
             best_T1 = left_TE.amax(1, keepdim=True)

@@ -141,11 +141,6 @@ class TopKConfig(RouterSection):
                 key="router.groups.scored_by",
             )
 
-    @property
-    def fixed_k(self) -> int:
-        """Experts of every token where the context does not say."""
-        return self.top_k
-
     def build(self, *, dim: int, num_experts: int) -> "TopKRouter":
         """Build the router."""
         return TopKRouter(self, dim=dim, num_experts=num_experts)
@@ -188,7 +183,7 @@ class TopKRouter(Router):
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""
-        k = self.config.top_k if context.k is None else context.k
+        k = context.k_or(self.config.top_k)
         keys_TE = scores_TE + self.expert_bias_E
         if self.config.groups is not None:
             scored = self.config.groups.scored(self.config.top_k)
@@ -214,7 +209,7 @@ class TopKRouter(Router):
     def by_kernels(self, logits_TE: Tensor, context: MoEContext) -> Routing:
         """Route by the kernels: the same, in a few launches and no wait for the device."""
         config = self.config
-        k = config.top_k if context.k is None else context.k
+        k = context.k_or(config.top_k)
 
         def select() -> Tensor:
             if config.groups or context.k_ideal is not None or context.gate_threshold:

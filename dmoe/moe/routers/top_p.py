@@ -61,11 +61,6 @@ class TopPConfig(RouterSection):
             )
         return self
 
-    @property
-    def fixed_k(self) -> None:
-        """None: tokens differ."""
-        return None
-
     def limits(self) -> dict[str, float | None]:
         """Return what must not be above the number of experts, by the keys of `model.moe`."""
         target = self.controller.target_k if self.controller else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.moe.routers import TopKConfig
-from dmoe.moe.routers.choice import divided_by_sum
+from dmoe.moe.routers.choice import divided_by_sum, top_k_routing
 
 EXPERTS, POOL, TOKENS = 6, 4, 3000
 KS = torch.arange(1, POOL + 1)
@@ -72,6 +72,19 @@ def test_padding_draws_nothing() -> None:
     assert (ids_TK[:10] >= 0).all()
     assert (ids_TK[10:] == -1).all()
     assert not weights_TK[10:].any()
+
+
+@pytest.mark.parametrize("k", [None, 1, torch.tensor([3, 0, 1, 2])])
+def test_plain_routing_is_that_of_the_router(k: int | Tensor | None) -> None:
+    """Two experts a token, or as many as the context says; ties, and padding."""
+    router = TopKConfig(top_k=2, normalize=False).build(dim=2, num_experts=3).double()
+    x_TD = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-1.0, 3.0], [2.0, 1.0]]).double()
+    context = {"seq_len": 4, "valid_T": torch.arange(4) != 3, "k_L": None if k is None else (k,)}
+    expected = router(x_TD, MoEContext(**context))
+    parts = (expected.logits_TE, expected.scores_TE, 2)
+    routing = top_k_routing(*parts, MoEContext(**context))
+    for name in ("expert_ids_TK", "weights_TK", "counts_E"):
+        assert torch.equal(getattr(routing, name), getattr(expected, name)), name
 
 
 def test_division_by_the_sum_has_the_gradient_of_autograd() -> None:

@@ -16,17 +16,17 @@ SMALL += ["train.micro_batch_size=2", "eval.sample_tokens=2", "metrics.tensorboa
 SMALL += ["data.sources.0.path=data/mine"]
 
 
-def block(language: str, start: str) -> str:
-    """Return the code block of the README that begins so."""
+def block(language: str, words: str) -> str:
+    """Return the code block of the README that has these words."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    [found] = [text for text in blocks if text.startswith(start)]
+    [found] = [text for text in blocks if words in text]
     return found
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder on the path with the package, as an installer leaves it, and its config."""
-    (tmp_path / "dmoe_cosine.py").write_text(block("python", "# dmoe_cosine.py"))
+    (tmp_path / "dmoe_cosine.py").write_text(block("python", "class CosineRouter"))
     metadata = tmp_path / "dmoe_cosine-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dmoe-cosine\nVersion: 1.0\n")
@@ -45,6 +45,10 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_router_takes_30_lines() -> None:
+    assert len(block("python", "class CosineRouter").splitlines()) <= 30
 
 
 def test_trains_and_is_known_everywhere(folder: Path) -> None:

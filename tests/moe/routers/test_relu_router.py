@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmoe.moe import BatchTotals, MoEContext
+from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer
 from dmoe.moe.routers import ReluConfig, ReluRouter
 
 TOTALS = BatchTotals(num_tokens=4, num_targets=4, num_sequences=1, num_micro_batches=1)
@@ -95,3 +95,41 @@ def test_a_threshold_where_no_token_has_an_expert() -> None:
     router = build([[-1.0, -1.0], [-2.0, -1.0]])
     routing = router(rows([1, 1], [2, 1]), MoEContext(seq_len=2, gate_threshold=0.5))
     assert not routing.counts_E.any()
+
+
+def mean_k_of_last_steps(target_k: int, penalty: float, penalty_factor: float) -> float:
+    """Train eight experts to learn a linear map, and return the experts a token had in the end.
+
+    The first number of a token is 1: without a constant direction, half of all logits are above 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    section = {"name": "relu", "target_k": target_k, "penalty": penalty}
+    section["penalty_factor"] = penalty_factor
+    layer = MoELayer(MoEConfig(num_experts=8, expert_ffn_dim=8, router=section), dim=8)
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=0.5, generator=generator)
+    map_DD = torch.randn(8, 8, generator=generator) / 8**0.5
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
+    totals = BatchTotals(num_tokens=256, num_targets=256, num_sequences=1, num_micro_batches=1)
+    ks = []
+    for _ in range(400):
+        x_TD = torch.randn(256, 8, generator=generator)
+        x_TD[:, 0] = 1
+        y_TD, output = layer(x_TD, MoEContext(seq_len=256, totals=totals))
+        loss = (y_TD - x_TD @ map_DD).square().mean()
+        optimizer.zero_grad()
+        (loss + output.losses["relu_penalty"]).backward()
+        optimizer.step()
+        layer.end_step(output.stats.counts_E, 256)
+        ks.append(output.stats.counts_E.sum().item() / 256)
+    return sum(ks[-100:]) / 100
+
+
+@pytest.mark.parametrize("target_k", [1, 2])
+def test_the_penalty_reaches_its_target(target_k: int) -> None:
+    mean_k = mean_k_of_last_steps(target_k, penalty=1e-3, penalty_factor=1.05)
+    assert mean_k == pytest.approx(target_k, rel=0.05)
+
+
+def test_without_a_penalty_the_target_is_not_reached() -> None:
+    assert mean_k_of_last_steps(2, penalty=1e-9, penalty_factor=1 + 1e-6) > 3
