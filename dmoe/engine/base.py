@@ -103,15 +103,15 @@ class StepResult:
     """(L,) int64 slots without capacity."""
     means: dict[str, Tensor]
     """(L,) float64 each, the layers' other sums (`dmoe.moe.MoEStats`) by name, a token's mean."""
-    expert_means: dict[str, Tensor]
-    """(L, E) float64 each, the same of sums by expert."""
+    vector_means: dict[str, Tensor]
+    """(L, n) float64 each, the same of sums that are vectors, such as those by expert."""
     num_tokens: int
     """Tokens that are not padding."""
 
     def end_step(self, layers: Sequence[SparseLayer]) -> None:
         """Let the MoE layers of a model adapt to the step."""
         for index, layer in enumerate(layers):
-            means = {name: mean_LE[index] for name, mean_LE in self.expert_means.items()}
+            means = {name: mean_Ln[index] for name, mean_Ln in self.vector_means.items()}
             layer.end_step(self.counts_LE[index], self.num_tokens, means)
 
 

@@ -19,7 +19,7 @@ class Tally:
         self.loss: Tensor | float = 0.0
         self.aux: dict[str, Tensor] = {}
         self.names: list[str] = []
-        self.expert_names: list[str] = []
+        self.vectors: dict[str, int] = {}
         self.stats: list[Tensor] = []
 
     def add(self, loss: Tensor, outputs: list[MoEOutput]) -> None:
@@ -28,40 +28,40 @@ class Tally:
         for output in outputs:
             for name, value in output.losses.items():
                 self.aux[name] = self.aux.get(name, 0.0) + value.detach().double()
-        # One row a layer: slots and the router's own sums by expert, dropped slots, and other sums.
+        # One row a layer: slots by expert, the router's own vectors, dropped slots, other sums.
         rows = []
         for stats in (output.stats for output in outputs):
             self.names = sorted(name for name, value in stats.sums.items() if not value.ndim)
-            self.expert_names = sorted(stats.sums.keys() - self.names)
+            self.vectors = {n: len(stats.sums[n]) for n in sorted(stats.sums.keys() - self.names)}
+            vectors = [stats.counts_E, *(stats.sums[name] for name in self.vectors)]
             sums = [stats.dropped, *(stats.sums[name] for name in self.names)]
-            by_expert = [stats.counts_E, *(stats.sums[name] for name in self.expert_names)]
-            rows.append(torch.cat([value.double().view(-1) for value in (*by_expert, *sums)]))
+            rows.append(torch.cat([value.double().view(-1) for value in (*vectors, *sums)]))
         if rows:
             self.stats.append(torch.stack(rows))
 
     def result(self, group: dist.ProcessGroup | None, totals: BatchTotals) -> StepResult:
         """Sum over the ranks; counts are exact in float64."""
         names = sorted(self.aux)
-        num_experts, by_expert = self.num_experts, self.num_experts * (1 + len(self.expert_names))
-        width = by_expert + 1 + len(self.names)
-        stats = torch.zeros(self.num_layers, width, dtype=torch.float64)
+        widths = [self.num_experts, *self.vectors.values(), 1, *[1] * len(self.names)]
+        stats = torch.zeros(self.num_layers, sum(widths), dtype=torch.float64)
         if self.stats:
             stats = torch.stack(self.stats).sum(0)
         head = torch.stack([torch.as_tensor(self.loss), *(self.aux[name] for name in names)])
         packed = all_reduce_sum(torch.cat([head.to(stats.device), stats.flatten()]), group).cpu()
         loss, *aux = packed[: len(head)].tolist()
         stats = packed[len(head) :].view_as(stats)
-        counts_LE, *sums_LE = stats[:, :by_expert].split(num_experts or 1, dim=1)
-        means_NL = stats[:, by_expert + 1 :].t() / totals.num_tokens
+        counts_LE, *sums = stats.split(widths, dim=1)
+        means = [sum_L / totals.num_tokens for sum_L in sums]
+        vectors, dropped_L1 = means[: len(self.vectors)], sums[len(self.vectors)]
         return StepResult(
             loss=loss,
             aux_losses={n: v / self.num_layers for n, v in zip(names, aux, strict=True)},
             counts_LE=counts_LE.long(),
-            dropped_L=stats[:, by_expert].long(),
-            means=dict(zip(self.names, means_NL, strict=True)),
-            expert_means={
-                name: sum_LE / totals.num_tokens
-                for name, sum_LE in zip(self.expert_names, sums_LE, strict=True)
+            dropped_L=dropped_L1[:, 0].long(),
+            means={
+                name: mean_L1[:, 0]
+                for name, mean_L1 in zip(self.names, means[len(vectors) + 1 :], strict=True)
             },
+            vector_means=dict(zip(self.vectors, vectors, strict=True)),
             num_tokens=totals.num_tokens,
         )

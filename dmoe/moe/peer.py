@@ -6,6 +6,8 @@ once and their sums are added, which is less than a row for each slot.
 Shapes: T tokens, D model dim, n sub-keys, K slots per token, P ranks of `ep`, N tokens of them all.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,20 +43,28 @@ class PeerLayer(SparseLayer):
         # For a layer that is used alone; a model draws its weights from its own seed.
         for name, parameter in self.named_parameters():
             std = initial_std(name, parameter.shape)
-            nn.init.normal_(parameter, std=0.02 if std is None else std)
+            if parameter.ndim > 1:  # a norm has its own
+                nn.init.normal_(parameter, std=0.02 if std is None else std)
 
     def forward(self, x_TD: Tensor, context: MoEContext) -> tuple[Tensor, MoEOutput]:
         """Return y_TD, without the residual, and statistics; there are no losses."""
-        ids_TK, gates_TK = self.router(x_TD, context)
+        ids_TK, gates_TK, sums = self.router(x_TD, context)
         y_TD = self._look_up(x_TD, ids_TK, gates_TK)
         used = ids_TK[ids_TK >= 0]
         counts_n = torch.bincount(used // self.num, minlength=self.num)
-        return y_TD, MoEOutput({}, MoEStats(counts_n, counts_n.new_zeros(()), {}))
+        return y_TD, MoEOutput({}, MoEStats(counts_n, counts_n.new_zeros(()), sums))
 
     @property
     def wide_modules(self) -> list[nn.Module]:
         """What computes in float32 at least, whatever the precision of the model."""
         return [self.router.gate]
+
+    def end_step(
+        self, counts_E: Tensor, num_tokens: int, means: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Let the router adapt to a training step, unless it was one of nothing but padding."""
+        if counts_E.any():
+            self.router.end_step(means or {})
 
     def _look_up(self, x_TD: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         if self.group is None:

@@ -22,8 +22,8 @@ class MoEStats(NamedTuple):
     sums: dict[str, Tensor]
     """() each, whatever else a layer tells of itself, by name; a layer of the same configuration
     tells the same. `entropy` is that of a token's router scores, divided by log E. Where there is
-    NAME and NAME_square, the metrics have the standard deviation, too. Those of shape (E,) are for
-    the layer's router alone, in `end_step`."""
+    NAME and NAME_square, the metrics have the standard deviation, too. Vectors, most of them by
+    expert, are for the layer's router alone, in `end_step`."""
 
 
 class MoEOutput(NamedTuple):

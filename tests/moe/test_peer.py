@@ -30,7 +30,7 @@ def build(dims: ParallelDims | None = None, **options: object) -> PeerLayer:
     layer = moe_config(**options).build(dim=DIM, activation="gelu", dims=dims).double()
     assert isinstance(layer, PeerLayer)
     generator = torch.Generator().manual_seed(1)
-    for parameter in (layer.router.gate.query, layer.router.gate.sub_keys):
+    for parameter in layer.router.parameters():
         parameter.data.normal_(generator=generator)
     owned = (dims or ParallelDims()).local_experts(NUM)
     for parameter in layer.experts.parameters():
@@ -51,10 +51,14 @@ def fresh(**changes: object) -> MoEContext:
 def peer_loop(layer: PeerLayer, x_TD: Tensor) -> Tensor:
     """Define the layer: for each head the best of all n^2 sums of sub-key scores."""
     gate, config = layer.router.gate, layer.router.config
-    rows = []
-    for x in x_TD:
+    queries_TF, rows = x_TD @ gate.query.T, []
+    if config.query_norm == "batch":
+        norm = gate.query_norm
+        parameters = {"weight": norm.weight, "bias": norm.bias, "training": True}
+        queries_TF = F.batch_norm(queries_TF, None, None, **parameters)
+    for x, queries in zip(x_TD, queries_TF, strict=True):
         y = torch.zeros_like(x)
-        for query in (gate.query @ x).view(HEADS, 2, -1):
+        for query in queries.view(HEADS, 2, -1):
             if config.query_norm == "rms":
                 query = query / (query.square().mean(1, keepdim=True) + 1e-6).sqrt()
             first, second = gate.sub_keys[0] @ query[0], gate.sub_keys[1] @ query[1]
@@ -69,7 +73,7 @@ def peer_loop(layer: PeerLayer, x_TD: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("query_norm", ["rms", "none"])
+@pytest.mark.parametrize("query_norm", ["rms", "batch", "none"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("query_dim", [None, 4])
 def test_equals_the_loop(query_norm: str, activation: str, query_dim: int | None) -> None:
@@ -89,7 +93,7 @@ def test_counts_are_of_first_sub_keys_and_padding_has_none() -> None:
     layer, x_TD = build(), tokens()
     valid_T = torch.arange(TOKENS) % 3 > 0
     y_TD, output = layer(x_TD, fresh(valid_T=valid_T))
-    ids_TK, gates_TK = layer.router(x_TD, fresh())
+    ids_TK, gates_TK, _ = layer.router(x_TD, fresh())
     assert output.stats.counts_E.tolist() == [
         int((ids_TK[valid_T] // NUM == i).sum()) for i in range(NUM)
     ]
@@ -108,8 +112,7 @@ def test_counts_are_of_first_sub_keys_and_padding_has_none() -> None:
 
 def test_recompute_never_looks_up_others() -> None:
     layer, x_TD, context = build(), tokens(), fresh()
-    first, _ = layer.router(x_TD, context)
-    again, _ = layer.router(-x_TD, context)
+    first, again = (layer.router(x, context).ids_TK for x in (x_TD, -x_TD))
     assert torch.equal(first, again)
     gradients = []
     for again in (False, True):

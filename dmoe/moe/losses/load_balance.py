@@ -11,13 +11,12 @@ Shapes: T tokens, E experts, G groups of tokens.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor
 
+from dmoe.moe.losses.groups import GroupScope, groups_of_batch, in_groups
 from dmoe.moe.routing import BatchTotals, Routing
 
-BalanceScope = Literal["micro_batch", "sequence", "global_batch"] | PositiveInt
+BalanceScope = GroupScope | Literal["global_batch"]
 BalanceChoices = Literal["all", "first"]
 
 
@@ -55,15 +54,11 @@ def load_balance_loss(
         share_E = counts_E.to(scores_TE) / counts_E.sum().clamp(min=1)
         return num_experts * (share_E * scores_TE.sum(0)).sum() / totals.num_tokens
 
-    num_tokens = max(1, scores_TE.shape[0])
-    sizes = {"sequence": seq_len, "micro_batch": num_tokens}
+    num_tokens = scores_TE.shape[0]
+    sizes = {"sequence": seq_len, "micro_batch": max(1, num_tokens)}
     group_size = scope if isinstance(scope, int) else sizes[scope]
-    # All micro-batches have equally many tokens, padding included.
-    num_groups = -(-num_tokens // group_size) * totals.num_micro_batches
-    if scope == "sequence":
-        num_groups = totals.num_sequences
-    missing = -scores_TE.shape[0] % group_size
-    scores_GE = F.pad(scores_TE, (0, 0, 0, missing)).view(-1, group_size, num_experts).sum(1)
+    num_groups = groups_of_batch(scope, group_size, num_tokens, totals)
+    scores_GE = in_groups(scores_TE, group_size).sum(1)
     ids_TK = routing.expert_ids_TK if choices == "all" else routing.expert_ids_TK[:, :1]
     counts_GE = _count_by_group(ids_TK, group_size, num_experts)
     share_GE = counts_GE.to(scores_GE) / counts_GE.sum(1, keepdim=True).clamp(min=1)

@@ -2,7 +2,8 @@
 
 A primary gate chooses groups of experts, and in each chosen group a gate of its own chooses
 experts; both are noisy top-k, and an expert's gate is the product (eq. 12). Shapes: T tokens, D
-model dim, A groups, B experts of a group, E = A B experts, P groups and K experts a token uses.
+model dim, A groups, B experts of a group, E = A B experts, P groups and K experts a token uses,
+G sets of S tokens that a loss sums over.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -11,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from dmoe.config.base import ConfigError
-from dmoe.moe.losses.variation import variation_losses
+from dmoe.moe.losses.groups import in_groups
 from dmoe.moe.routers.base import Router
 from dmoe.moe.routers.choice import scores_of, slots_of
 from dmoe.moe.routers.noise import (
@@ -104,14 +105,16 @@ class HierarchicalRouter(Router):
         ).flatten(1)
         ids_TK = slots_of(chosen_TE, self.config.fixed_k)
         weights_TK = scores_of(ids_TK, gates_TE)
-        amounts = {"importance": gates_TE.sum(0)}
+        size = self.config.group_size(len(x_TD), context)
+        amounts_GE = {"importance": in_groups(gates_TE, size).sum(1)}
         if is_noisy:
             std_TA, std_TAB = self.levels(std)
             chance_TA = chance_of_choice(groups_TA, clean_TA, std_TA, chosen_TA)
             chance_TAB = chance_of_choice(experts_TAB, clean_TAB, std_TAB, chosen_TAB)
-            amounts["load"] = hierarchical_load(chance_TA, chance_TAB, chosen_TA)
+            parts = (chance_TA, chance_TAB, chosen_TA)
+            amounts_GE["load"] = hierarchical_load(*(in_groups(part, size) for part in parts))
         scores_TE = (clean_TA.softmax(-1)[:, :, None] * clean_TAB.softmax(-1)).flatten(1)
-        losses = variation_losses(amounts, context.totals)
+        losses = self.config.losses(amounts_GE, len(x_TD), context)
         return make_routing(clean_TAB.flatten(1), scores_TE, ids_TK, weights_TK, losses=losses)
 
     def levels(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,13 +139,14 @@ def softmax_within(logits: Tensor, chosen: Tensor) -> Tensor:
     return logits.masked_fill(~chosen, -1e30).softmax(-1).masked_fill(~chosen, 0)
 
 
-def hierarchical_load(chance_TA: Tensor, chance_TAB: Tensor, chosen_TA: Tensor) -> Tensor:
-    """Return (E,) Load_H = Load_primary,i Load_i(X_i)_j / |X_i| (eq. 14), X_i being i's tokens.
+def hierarchical_load(chance_GSA: Tensor, chance_GSAB: Tensor, chosen_GSA: Tensor) -> Tensor:
+    """Return (G, E) Load_H = Load_primary,i Load_i(X_i)_j / |X_i| (eq. 14), X_i being i's tokens.
 
     Args:
-        chance_TA: (T, A) chance of each group.
-        chance_TAB: (T, A, B) chance of an expert within its group.
-        chosen_TA: (T, A) bool, the groups that each token uses.
+        chance_GSA: (G, S, A) chance of each group of experts, for the S tokens of each set X.
+        chance_GSAB: (G, S, A, B) chance of an expert within its group.
+        chosen_GSA: (G, S, A) bool, the groups that each token uses.
     """
-    tokens_A = chosen_TA.sum(0).clamp(min=1)
-    return (chance_TA.sum(0)[:, None] * chance_TAB.sum(0) / tokens_A[:, None]).flatten()
+    tokens_GA = chosen_GSA.sum(1).clamp(min=1)
+    load_GAB = chance_GSA.sum(1)[:, :, None] * chance_GSAB.sum(1) / tokens_GA[:, :, None]
+    return load_GAB.flatten(1)

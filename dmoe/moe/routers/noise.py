@@ -10,6 +10,9 @@ from pydantic import NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from dmoe.config.base import ConfigError
+from dmoe.moe.capacity import group_size_of
+from dmoe.moe.losses.groups import GroupScope, groups_of_batch
+from dmoe.moe.losses.variation import variation_losses
 from dmoe.moe.routers.base import RouterSection
 from dmoe.moe.routing import MoEContext
 from dmoe.ops import router_gate
@@ -28,9 +31,13 @@ class NoisySection(RouterSection):
     """Add normal noise to the logits in training, of a size that each expert learns for each
     token."""
     importance_weight: NonNegativeFloat = 0.1
-    """Weight of the importance loss, CV^2 of the experts' sums of gates over a micro-batch."""
+    """Weight of the importance loss, CV^2 of the experts' sums of gates."""
     load_weight: NonNegativeFloat = 0.1
     """Weight of the load loss, CV^2 of the smooth estimate of the experts' tokens."""
+    balance_scope: GroupScope = "micro_batch"
+    """The set of tokens over which both losses sum; a number is that of consecutive tokens of a
+    micro-batch. Not the global batch: unlike load_balance, the loss of a micro-batch would then
+    need the gates of all others, not just counts."""
 
     @model_validator(mode="after")
     def _load_needs_noise(self) -> "NoisySection":
@@ -46,6 +53,20 @@ class NoisySection(RouterSection):
         """Return the weights of the losses that are the router's own (`Routing.losses`)."""
         weights = {"importance": self.importance_weight, "load": self.load_weight}
         return {name: weight for name, weight in weights.items() if weight}
+
+    def group_size(self, num_tokens: int, context: MoEContext) -> int:
+        """Return the tokens of a group of `balance_scope`."""
+        return group_size_of(self.balance_scope, context, num_tokens)
+
+    def losses(
+        self, amounts: dict[str, Tensor], num_tokens: int, context: MoEContext
+    ) -> dict[str, Tensor]:
+        """Return this micro-batch's share of the losses on (G, E) amounts; none at inference."""
+        if context.totals is None:
+            return {}
+        size = self.group_size(num_tokens, context)
+        groups = groups_of_batch(self.balance_scope, size, num_tokens, context.totals)
+        return variation_losses(amounts, groups)
 
 
 class NoisyGate(nn.Module):

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor
 
-from dmoe.moe.losses.variation import importance, variation_losses
+from dmoe.moe.losses.groups import in_groups
+from dmoe.moe.losses.variation import gates_of_experts
 from dmoe.moe.routers.base import Router
 from dmoe.moe.routers.choice import choose, softmax_over_choice
 from dmoe.moe.routers.noise import (
@@ -53,9 +54,11 @@ class NoisyTopKRouter(Router):
         k = context.k_or(self.config.top_k)
         ids_TK = context.decide("expert_ids", lambda: choose(noisy_TE, scores_TE, k, context))
         weights_TK = softmax_over_choice(ids_TK, noisy_TE)
-        amounts = {"importance": importance(ids_TK, weights_TK, clean_TE.shape[1])}
+        amounts_TE = {"importance": gates_of_experts(ids_TK, weights_TK, clean_TE.shape[1])}
         if is_noisy:
             chosen_TE = is_chosen(ids_TK, clean_TE.shape[1])
-            amounts["load"] = chance_of_choice(noisy_TE, clean_TE, std_TE, chosen_TE).sum(0)
-        losses = variation_losses(amounts, context.totals)
+            amounts_TE["load"] = chance_of_choice(noisy_TE, clean_TE, std_TE, chosen_TE)
+        size = self.config.group_size(len(x_TD), context)
+        amounts_GE = {name: in_groups(a_TE, size).sum(1) for name, a_TE in amounts_TE.items()}
+        losses = self.config.losses(amounts_GE, len(x_TD), context)
         return make_routing(clean_TE, scores_TE, ids_TK, weights_TK, losses=losses)

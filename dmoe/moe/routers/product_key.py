@@ -5,7 +5,8 @@ halves of a query with them, summed. Several heads query the same keys and exper
 head are a softmax over its k best. Shapes: T tokens, H heads, Q half a query, n sub-keys.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dmoe.config.base import ConfigError
 from dmoe.moe.base import SparseLayer
 from dmoe.moe.routers.base import RouterSection
+from dmoe.moe.routers.query_norm import QueryBatchNorm, moments
 from dmoe.moe.routing import MoEContext
 from dmoe.ops import router_gate
 from dmoe.ops.activation import Activation
@@ -41,9 +43,10 @@ class PeerConfig(RouterSection):
     """Experts of a head."""
     query_dim: PositiveInt | None = None
     """Width of a query, an even number; null for the model's width."""
-    query_norm: Literal["rms", "none"] = "rms"
-    """"rms" brings each half of a query to a mean square of 1. The paper has a batch norm there,
-    which would make a token's experts depend on the tokens beside it."""
+    query_norm: Literal["rms", "batch", "none"] = "rms"
+    """"rms" brings each half of a query to a mean square of 1. "batch" is the batch norm of the
+    paper, over the tokens of a micro-batch: in training a token's experts then depend a little on
+    the tokens beside and after it, at inference on running moments."""
     activation: NeuronActivation = "gelu"
     """Of a neuron."""
 
@@ -120,6 +123,17 @@ class PeerConfig(RouterSection):
         return PeerLayer(self, num_experts=moe.experts, dim=dim, dims=dims)
 
 
+class LookUp(NamedTuple):
+    """What the tokens of a micro-batch look up."""
+
+    ids_TK: Tensor
+    """(T, H k) int64 experts, -1 for padding."""
+    gates_TK: Tensor
+    """(T, H k) gates; those of a head sum to 1."""
+    sums: dict[str, Tensor]
+    """As `MoEStats.sums`, for `ProductKeyRouter.end_step`."""
+
+
 class ProductKeyRouter(nn.Module):
     """Chooses a token's experts and their gates."""
 
@@ -129,9 +143,9 @@ class ProductKeyRouter(nn.Module):
         num = config.num_shards(num_experts)
         self.gate = ProductKeyGate(config, dim=dim, num=num)
 
-    def forward(self, x_TD: Tensor, context: MoEContext) -> tuple[Tensor, Tensor]:
-        """Return (T, H k) int64 ids, -1 for padding, and the gates, of `x_TD`, (T, D)."""
-        first_THn, second_THn = self.gate(x_TD)
+    def forward(self, x_TD: Tensor, context: MoEContext) -> LookUp:
+        """Return what each token of `x_TD`, (T, D), looks up."""
+        first_THn, second_THn, sums = self.gate(x_TD, context)
         first_Rn, second_Rn = first_THn.flatten(0, 1), second_THn.flatten(0, 1)
         ids_Rk = context.decide(
             "expert_ids", lambda: top_k_pairs(first_Rn, second_Rn, self.config.top_k)
@@ -146,7 +160,12 @@ class ProductKeyRouter(nn.Module):
                 ids_TK.masked_fill(padding_T1, -1),
                 gates_TK.masked_fill(padding_T1, 0),
             )
-        return ids_TK, gates_TK
+        return LookUp(ids_TK, gates_TK, sums)
+
+    def end_step(self, means: Mapping[str, Tensor]) -> None:
+        """Adapt to a training step, of whose tokens `means` has the means of `LookUp.sums`."""
+        if self.gate.query_norm is not None:
+            self.gate.query_norm.end_step(means)
 
 
 class ProductKeyGate(nn.Module):
@@ -158,12 +177,22 @@ class ProductKeyGate(nn.Module):
         self.width = (config.query_dim or dim) // 2
         self.query = nn.Parameter(torch.empty(2 * config.heads * self.width, dim))
         self.sub_keys = nn.Parameter(torch.empty(2, num, self.width))
+        self.query_norm: QueryBatchNorm | None = None
+        if config.query_norm == "batch":
+            self.query_norm = QueryBatchNorm(len(self.query))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two (T, H, n)."""
-        query_THQ = router_gate(x_TD, self.query).view(len(x_TD), self.config.heads, 2, self.width)
+    def forward(
+        self, x_TD: Tensor, context: MoEContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return two (T, H, n), and sums for the end of the step."""
+        query_TF, sums = router_gate(x_TD, self.query), {}
+        if self.query_norm is not None:
+            if context.training:
+                sums = moments(query_TF, context)
+            query_TF = self.query_norm(query_TF, context)
+        query_THQ = query_TF.view(len(x_TD), self.config.heads, 2, self.width)
         if self.config.query_norm == "rms":
             query_THQ = F.rms_norm(query_THQ, (self.width,), eps=1e-6)
         first_THQ, second_THQ = query_THQ.unbind(2)
         keys = self.sub_keys.to(query_THQ.dtype)
-        return first_THQ @ keys[0].T, second_THQ @ keys[1].T
+        return first_THQ @ keys[0].T, second_THQ @ keys[1].T, sums

@@ -42,8 +42,11 @@ def test_load_by_hand() -> None:
     chance_TA = torch.tensor([[0.5, 1.0], [1.0, 0.0]])
     chance_TAB = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[1.0, 0.0], [0.0, 0.0]]])
     chosen_TA = torch.tensor([[True, True], [True, False]])
-    load_E = hierarchical_load(chance_TA, chance_TAB, chosen_TA)
-    assert load_E.tolist() == [1.5 * 1.5 / 2, 1.5 * 0.5 / 2, 0.25, 0.75]
+    parts = (chance_TA, chance_TAB, chosen_TA)
+    together_GE = hierarchical_load(*(part[None] for part in parts))
+    assert together_GE.tolist() == [[1.5 * 1.5 / 2, 1.5 * 0.5 / 2, 0.25, 0.75]]
+    apart_GE = hierarchical_load(*(part[:, None] for part in parts))  # each token is a set
+    assert apart_GE.tolist() == [[0.25, 0.25, 0.25, 0.75], [1, 0, 0, 0]]
 
 
 def test_training_equals_a_loop_over_the_levels() -> None:

@@ -1,5 +1,6 @@
 """Noisy top-k by hand, without its noise and with it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -60,6 +61,25 @@ def test_training_chooses_and_weighs_by_the_noisy_logits() -> None:
             load_E[i] += (1 + math.erf(z / math.sqrt(2))) / 2
     torch.testing.assert_close(routing.losses["load"], squared_variation(load_E))
     assert not torch.equal(routing.expert_ids_TK, clean_TE.topk(2).indices)
+
+
+@pytest.mark.parametrize("scope", ["sequence", 3])
+def test_losses_are_means_over_sets_of_tokens(scope) -> None:
+    """Two sequences, or groups, of three tokens: as if each were a micro-batch of its own."""
+    x_TD = torch.linspace(0.1, 2, TOKENS)[:, None]
+    router = build(balance_scope=scope)
+    totals = BatchTotals(TOKENS, TOKENS, num_sequences=2, num_micro_batches=1)
+    context = dataclasses.replace(training(), seq_len=3, totals=totals)
+    whole = router(x_TD, context).losses
+    parts = []
+    for start in (0, 3):
+        rows = slice(start, start + 3)
+        alone = dataclasses.replace(
+            training(3), token_ids_T=context.token_ids_T[rows], totals=BatchTotals(3, 3, 1, 1)
+        )
+        parts.append(build()(x_TD[rows], alone).losses)
+    for name, loss in whole.items():
+        torch.testing.assert_close(loss, (parts[0][name] + parts[1][name]) / 2)
 
 
 def test_both_losses_teach_and_the_noise_learns() -> None:
