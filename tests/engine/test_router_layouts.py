@@ -1,117 +1,83 @@
-"""Every way of routing gives the same step on any layout; `test_invariance` has the plain twin."""
+"""Every way of routing gives the same step on any layout as the plain process.
+
+Packed documents, padding, a micro-batch of padding alone; `ways_of_routing` has ties and experts
+without a token.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-from small_engine import full, gradients, small_engine, whole_state
+from plain_training import SIZES, engine_training, plain_training
 from torch import Tensor
+from ways_of_routing import MODELS
 
-from dmoe.engine.sharding import global_view
+from dmoe.config.choices import names_of
+from dmoe.models import ModelConfig
+from dmoe.moe.routers import ROUTERS
 from dmoe.testing import run_distributed
 
 TOLERANCE = 1e-9
-MODELS: dict[str, dict[str, Any]] = {
-    "expert_choice": {"router": {"name": "expert_choice", "group": "micro_batch"}},
-    "groups": {
-        "router": {
-            "name": "top_k",
-            "score": "sigmoid",
-            "bias_update_rate": 0.01,
-            "groups": {"num": 4, "used": 2},
-        },
-        "losses": {"load_balance_weight": 0.1, "load_balance_scope": "sequence"},
-    },
-    "sparse_mixer": {"router": {"name": "sparse_mixer", "jitter": 0.3}},
-    "relu": {"router": {"name": "relu", "target_k": 1, "penalty": 0.1}},
-    "expert_threshold": {"router": {"name": "expert_threshold", "decay": 0.5}},
-    "gshard": {
-        "router": {"name": "top_k", "top_k": 2, "second_choice": "random"},
-        "capacity": {"factor": 1.0, "minimum": 0, "group": 8},
-        "losses": {"load_balance_scope": 8, "load_balance_choices": "first"},
-    },
-    "expert_dropout": {"expert_dropout": 0.4},
-    "soft_gate": {"router": {"name": "soft_gate"}},
-    "noisy_top_k": {"router": {"name": "noisy_top_k"}},
-    "hierarchical": {"router": {"name": "hierarchical", "num_groups": 4}},
-    "batchwise": {"router": {"name": "batchwise"}},
-    "base_layer": {"router": {"name": "base_layer", "group": "micro_batch"}},
-    "sinkhorn": {"router": {"name": "sinkhorn"}},
-    "hash": {"router": {"name": "hash"}},
-    "nested": {
-        "router": {
-            "name": "nested",
-            "groups": 4,
-            "outer": {"name": "sparse_mixer", "jitter": 0.3},
-            "inner": {"name": "relu", "target_k": 1, "penalty": 0.1},
-        },
-        "zero_computation": {"zeros": 4, "constants": 4},
-    },
-    "soft_moe": {"router": {"name": "soft_moe", "slots": 2}},
-    "peer": {
-        "num_experts": 64,
-        "expert_ffn_dim": 1,
-        "router": {"name": "peer", "heads": 2, "top_k": 3},
-    },
+BASE: dict[str, Any] = {
+    "num_experts": 8,
+    "expert_ffn_dim": 16,
+    "num_dense_layers": 1,
+    "router": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
 }
-# (ep, stage, recompute) by world size.
-LAYOUTS = {
-    1: [(1, 0, "full")],
-    2: [(1, 3, "none"), (2, 2, "selective")],
-    4: [(4, 0, "full"), (2, 3, "none")],
-}
+# World size, and (ep, stage, recompute).
+LAYOUTS = [(1, (1, 0, "full")), (2, (2, 2, "selective")), (4, (4, 0, "full"))]
+SLOW = [(1, (1, 0, "none")), (2, (1, 3, "full")), (4, (2, 3, "none")), (4, (4, 2, "selective"))]
 
 
-def two_steps(moe: dict[str, Any], ep: int, stage: int, recompute: str) -> dict[str, Tensor]:
-    """Return losses, gradients and the state after two steps."""
-    engine = small_engine(ep=ep, recompute=recompute, moe=moe, precision="fp64", zero_stage=stage)
-    seen: dict[str, Tensor] = {}
-    for step in range(2):
-        result = gradients(engine, step)
-        seen[f"{step}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
-        for name, value in result.aux_losses.items():
-            seen[f"{step}.{name}"] = torch.tensor(value, dtype=torch.float64)
-        seen[f"{step}.counts"] = result.counts_LE
-        for name, parameter in engine.model.named_parameters():
-            seen[f"{step}.grad.{name}"] = full(global_view(name, parameter.grad, engine.dims))
-        seen[f"{step}.norm"] = torch.tensor(engine.clip(1.0), dtype=torch.float64)
-        engine.step(1e-2, result)
-    return seen | whole_state(engine)
+def config_of(name: str) -> ModelConfig:
+    return ModelConfig.model_validate({**SIZES, "moe": {**BASE, **MODELS[name]}})
 
 
-def of_world(world_size: int) -> dict[str, dict[str, Tensor]]:
-    results = {
-        f"{name} {layout}": two_steps(moe, *layout)
-        for name, moe in MODELS.items()
-        for layout in LAYOUTS[world_size]
-    }
+def all_ways(layout: tuple[int, int, str]) -> dict[str, dict[str, Tensor]]:
+    """Train every model on a layout; the first rank tells."""
+    results = {name: engine_training(config_of(name), *layout) for name in MODELS}
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     return results if is_first else {}
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Tensor]]:
-    return {name: two_steps(moe, 1, 0, "none") for name, moe in MODELS.items()}
+def plain() -> dict[str, dict[str, Tensor]]:
+    return {name: plain_training(config_of(name)) for name in MODELS}
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_every_layout_equals_one_process(world_size: int, alone) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    LAYOUTS + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+)
+def test_every_layout_equals_the_plain_process(world_size: int, layout, plain) -> None:
     if world_size == 1:
-        results = of_world(1)
+        results = all_ways(layout)
     else:
-        results = run_distributed(of_world, world_size, world_size, timeout=240)[0]
-    assert len(results) == len(MODELS) * len(LAYOUTS[world_size])
-    for label, seen in results.items():
-        expected = alone[label.split()[0]]
-        assert seen.keys() == expected.keys()
+        results = run_distributed(all_ways, world_size, layout, timeout=280)[0]
+    assert results.keys() == plain.keys()
+    for model, expected in plain.items():
+        seen = results[model]
+        assert seen.keys() == expected.keys(), model
         for name, value in expected.items():
             error = (seen[name].double() - value.double()).abs().max().item()
-            assert error <= TOLERANCE, f"world {world_size}, {label}: {name} is off by {error}"
+            assert error <= TOLERANCE, f"{world_size} ranks, {layout}, {model}: {name}, {error}"
 
 
-def test_the_routers_adapt_in_these_steps(alone) -> None:
+def test_every_router_is_there() -> None:
+    registered = {name for section in ROUTERS for name in names_of(section)}
+    sections = [{**BASE, **moe}["router"] for moe in MODELS.values()]
+    assert {section["name"] for section in sections} == registered
+
+
+def test_the_routers_adapt_in_these_steps(plain) -> None:
     """The tests above would pass where nothing happens."""
-    assert alone["relu"]["model.layers.1.moe.router.exponent"] != 0
-    assert alone["expert_threshold"]["model.layers.1.moe.router.cutoff_E"].all()
-    assert alone["groups"]["model.layers.1.moe.router.expert_bias_E"].any()
-    assert alone["relu"]["1.relu_penalty"] > 0
+    state = "model.layers.1.moe.router"
+    assert plain["relu"][f"{state}.exponent"] != 0
+    assert plain["expert_threshold"][f"{state}.cutoff_E"].all()
+    assert plain["top_p"][f"{state}.p_shift"] != 0
+    assert plain["peer_batch_norm"][f"{state}.gate.query_norm.square_F"].all()
+    for name in ("groups", "zero_computation"):
+        assert plain[name][f"{state}.expert_bias_E"].any()
+    assert plain["relu"]["1.relu_penalty"] > 0
+    assert plain["ties"]["0.counts"][:, 2:].sum() == 0, "ties go to the first two"
+    assert plain["switch"]["0.dropped"].sum() > 0

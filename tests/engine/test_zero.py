@@ -15,8 +15,8 @@ import pytest
 import torch
 from small_engine import LR, MICRO_BATCH, batches, gradients, small_engine, whole_state
 from small_engine import train as small_train
-from test_router_layouts import MODELS as ROUTERS
 from torch import Tensor
+from ways_of_routing import MODELS as ROUTERS
 
 from dmoe.engine import Engine, StepPosition
 from dmoe.models import ModelInputs
