@@ -4,6 +4,8 @@ Padding, ties, experts and batches without tokens, recomputation, precision, gra
 """
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dmoe.config.choices import names_of
 from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer, MoEOutput, Routing, routers
 from dmoe.moe.routers import RouterSection
 
+ROOT = Path(__file__).parents[3]
 SEQ_LEN, SEQUENCES, DIM = 6, 4, 8
 TOKENS = SEQ_LEN * SEQUENCES
 CONTEXT = MoEContext(
@@ -89,6 +92,18 @@ def assert_well_formed(routing: Routing, num_tokens: int) -> None:
 def test_every_router_is_in_the_list() -> None:
     registered = {name for section in SECTIONS for name in names_of(section)}
     assert registered == {section["name"] for section in ROUTERS.values()}
+
+
+@pytest.mark.parametrize("section", routers.ROUTERS)
+def test_every_router_has_a_file_to_start_from_and_a_row_in_the_readme(section) -> None:
+    if section is routers.ForcedBalanceConfig:  # no way to train
+        return
+    files = [path.read_text() for path in (ROOT / "configs").glob("*.yaml")]
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line[:1] == "|"]
+    for name in names_of(section):
+        named = re.compile(rf"\bname: {name}\b")
+        assert any(map(named.search, files)), "no file in configs/"
+        assert any(map(named.search, rows)), "no row in the README"
 
 
 @every_router
