@@ -16,7 +16,7 @@ import torch
 from small_engine import LR, MICRO_BATCH, batches, gradients, small_engine, whole_state
 from small_engine import train as small_train
 from torch import Tensor
-from ways_of_routing import MODELS as ROUTERS
+from ways_of_routing import MODELS
 
 from dmoe.engine import Engine, StepPosition
 from dmoe.models import ModelInputs
@@ -26,6 +26,10 @@ NUM_STEPS = 3
 WIDE = 16_384  # for a rank to have more than a megabyte, below which DeepSpeed swaps nothing
 CLIP = 0.5  # gradients have norms of about 1
 
+# The parameters of the rest are of the same kinds.
+_LIKE_OTHERS = {"top_k", "switch", "ties", "top_p", "zero_computation", "forced_balance"}
+_LIKE_OTHERS |= {"peer_batch_norm"}
+ROUTERS = {name: moe for name, moe in MODELS.items() if name not in _LIKE_OTHERS}
 INFINITE = {"ffn_dim": 64, "latent_dim": 4}
 MOE: dict[str, dict[str, Any]] = ROUTERS | {
     "plain": {},
