@@ -47,6 +47,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_runs_are_measured_and_reported(out: Path) -> None:
     mixtures = [json.loads(line) for line in (out / "mixtures.jsonl").open()]
     assert [row["system"] for row in mixtures] == list(classics_mixtures.SYSTEMS)
+    tuning = [json.loads(line) for line in (out / "tuning.jsonl").open()]
+    assert len(tuning) == 3 + 3 + 9 + 3
     assert {row["num_params"] for row in mixtures} == {24, 25}
     [row] = [json.loads(line) for line in (out / "language.jsonl").open()]
     assert 0 < row["loss"] < 10
@@ -71,14 +73,41 @@ def test_the_report_has_mean_and_spread(tmp_path: Path) -> None:
 
 def test_what_is_never_learned_is_told(tmp_path: Path) -> None:
     rows = [
-        {"system": "one network", "seed": seed, "error": 0.5, "epochs": epochs}
+        {"system": "one network", "seed": seed, "lr": 0.1, "error": 0.5, "epochs": epochs}
         for seed, epochs in enumerate([None, 40])
     ]
     write_report(rows, [], tmp_path / "page.md")
     assert (
-        "| one network | 2 | 1 of 2 | 0.500 ± 0.000 | 40.000 |"
+        "| one network | 2 | 0.1 | 1 of 2 | 0.500 ± 0.000 | 40 |"
         in (tmp_path / "page.md").read_text()
     )
+
+
+def test_the_likelihood_is_judged_seed_by_seed(tmp_path: Path) -> None:
+    def row(system: str, seed: int, epochs: int | None, information: float) -> dict:
+        numbers = {"lr": 0.1, "unit": 3.0, "error": 0.1, "epochs": epochs}
+        if system != "one network":
+            numbers["information"] = information
+        return {"system": system, "seed": seed, **numbers}
+
+    rows = [row("likelihood", seed, 10, 1.5) for seed in range(2)]
+    rows += [row("cooperative", 0, 20, 1.0), row("cooperative", 1, 5, 1.0)]
+    rows += [row("competitive", 0, None, 1.6), row("competitive", 1, None, 1.0)]
+    rows += [row("one network", seed, 10, 0.0) for seed in range(2)]
+    write_report(rows, [], tmp_path / "page.md")
+    assert (
+        "against the cooperative loss it is learned sooner in 1 and has more information in 2; "
+        "against the competitive loss it is learned sooner in 2 and has more information in 1; "
+        "against the network it is learned sooner in 0."
+    ) in (tmp_path / "page.md").read_text()
+
+
+def test_the_best_setting_learns_soonest() -> None:
+    rows = [
+        {"system": "likelihood", "lr": lr, "unit": 1.0, "epochs": epochs, "error": error}
+        for lr, epochs, error in ((0.03, 600, 0.2), (0.1, 90, 0.3), (0.3, 90, 0.1))
+    ]
+    assert classics_mixtures.best_setting("likelihood", rows).lr == 0.3
 
 
 @pytest.mark.parametrize(("group", "arm"), [(g, arm) for g, arms in ARMS.items() for arm in arms])

@@ -3,13 +3,15 @@
     python tools/experiments/classics.py train --out runs/classics
     python tools/experiments/classics.py report --out runs/classics
 
-`train` appends a line a run to OUT/mixtures.jsonl and OUT/language.jsonl and skips what is there,
-so it can be stopped and started again; `report` writes docs/results/classics.md. Language runs are
-of bytes of Python's standard library; their arms are in `classics_arms.py`.
+`train` appends a line a run to OUT/tuning.jsonl, OUT/mixtures.jsonl and OUT/language.jsonl and
+skips what is there, so it can be stopped and started again; `report` writes
+docs/results/classics.md. Language runs are of bytes of Python's standard library; their arms are in
+`classics_arms.py`.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +40,18 @@ def train(
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     for system in classics_mixtures.SYSTEMS:
+        for setting in classics_mixtures.settings_of(system):
+            _once(
+                out / "tuning.jsonl",
+                {"system": system, **setting._asdict()},
+                partial(classics_mixtures.tune, system, setting),
+            )
+        setting = classics_mixtures.best_setting(system, _rows(out / "tuning.jsonl"))
         for seed in list(classics_mixtures.SEEDS)[: None if seeds >= len(SEEDS) else seeds]:
             _once(
                 out / "mixtures.jsonl",
                 {"system": system, "seed": seed},
-                lambda system=system, seed=seed: classics_mixtures.perform(system, seed),
+                partial(classics_mixtures.perform, system, seed, setting),
             )
     for seed in SEEDS[:seeds]:
         for group, arms in ARMS.items():
@@ -50,9 +59,7 @@ def train(
                 _once(
                     out / "language.jsonl",
                     {"group": group, "arm": arm, "seed": seed},
-                    lambda group=group, arm=arm, seed=seed: classics_runs.perform(
-                        group, arm, seed, out, overrides or []
-                    ),
+                    partial(classics_runs.perform, group, arm, seed, out, overrides or []),
                 )
 
 

@@ -11,6 +11,8 @@ from classics_mixtures import CRITERION, EPOCHS, OBJECTIVES, SYSTEMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "classics.md"
 
+_EPOCHS = "epochs until learned"
+
 Json = dict[str, Any]
 Columns = dict[str, Callable[[Json], float | None]]
 
@@ -25,13 +27,15 @@ small: what shows here need not show in larger models, and what does not show he
 _MIXTURES = f"""\
 ## Adaptive mixtures of local experts (1991)
 
-Each quadrant of the plane has a linear map of its own; four linear experts under a linear gate are
-to find that out, with each of the three losses, and a network of one hidden layer with as many
-parameters is beside them. The error is that on new cases, as a share of their variance. The task
-counts as learned at {CRITERION:g}, within {EPOCHS} epochs of one step of Adam; the epochs are the
-mean of those runs that learned it. The information is that between a case's quadrant and its expert
-of the largest gate, 2 bits at best; an expert is used if it is that for 5% of the cases. The last
-column lets this expert answer alone."""
+Cases come in four clusters in the plane, each with a linear map of its own; four linear experts
+under a linear gate are to find that out, with each of the three losses, and a network of one hidden
+layer with as many parameters is beside them. The error is that on new cases, as a share of their
+variance. The task counts as learned at {CRITERION:g}, within {EPOCHS} epochs of one step of Adam;
+the epochs are the mean of those runs that learned it. Every system has the learning rate, of 0.03,
+0.1 and 0.3, with which it learns soonest on three other seeds, and the likelihood so the unit of
+its targets as well, 1, 3 or 10, as its Gaussians have a deviation of 1. The information is that
+between a case's cluster and its expert of the largest gate, 2 bits at best; an expert is used if it
+is that for 5% of the cases. The last column lets this expert answer alone."""
 
 _LANGUAGE = """\
 Language runs train on {tokens:,} bytes of the source files of Python's standard library, {steps}
@@ -132,36 +136,53 @@ def _mixtures(rows: Sequence[Json]) -> str:
         system: f"{sum(row['epochs'] is not None for row in runs)} of {len(runs)}"
         for system, runs in by_system.items()
     }
+    settings = {
+        system: f"{runs[0]['lr']:g}" + (f", {runs[0]['unit']:g}" if system == "likelihood" else "")
+        for system, runs in by_system.items()
+        if runs
+    }
     columns: Columns = {
         "error": lambda row: row["error"],
-        "epochs until learned": lambda row: row["epochs"],
+        _EPOCHS: lambda row: row["epochs"],
         "information, bits": lambda row: row.get("information"),
         "experts used": lambda row: row.get("num_used"),
         "largest gate": lambda row: row.get("gate"),
         "error, one expert alone": lambda row: row.get("alone"),
     }
-    return _table("loss", by_system, columns, {"learned": learned})
+    return _table("loss", by_system, columns, {"rate, unit": settings, "learned": learned})
 
 
 def _verdict(rows: Sequence[Json]) -> list[str]:
-    """Say whether the likelihood specialises most and errs least, as the paper has it."""
-    means = {
-        key: {
-            system: statistics.fmean(row[key] for row in rows if row["system"] == system)
-            for system in OBJECTIVES
-            if any(row["system"] == system and key in row for row in rows)
-        }
-        for key in ("information", "error")
-    }
-    if any(len(by_system) < len(OBJECTIVES) for by_system in means.values()):
+    """Say in how many seeds the likelihood specialises more and learns sooner than each other."""
+    by_run = {(row["system"], row["seed"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    if len(by_run) < len(SYSTEMS) * len(seeds):
         return []
-    most = max(means["information"], key=means["information"].__getitem__)
-    least = min(means["error"], key=means["error"].__getitem__)
-    shows = "shows" if most == least == "likelihood" else "does not show"
+    lines = []
+    for other in SYSTEMS:
+        pairs = [(by_run["likelihood", seed], by_run[other, seed]) for seed in seeds]
+        sooner = sum(_epochs(ours) < _epochs(theirs) for ours, theirs in pairs)
+        words = f"is learned sooner in {sooner}"
+        if other in OBJECTIVES:
+            more = sum(ours["information"] > theirs["information"] for ours, theirs in pairs)
+            words += f" and has more information in {more}"
+        if other != "likelihood":
+            lines.append(f"{_NAMES[other]} it {words}")
     return [
-        f"That the likelihood gives each part of the task to one expert, and learns it best, "
-        f"{shows} here: the {most} loss has the most information, the {least} loss the least error."
+        f"The paper has the likelihood learn soonest and specialise most. Here, of {len(seeds)} "
+        f"seeds: {'; '.join(lines)}. A task that was never learned counts as later."
     ]
+
+
+_NAMES = {
+    "cooperative": "against the cooperative loss",
+    "competitive": "against the competitive loss",
+    "one network": "against the network",
+}
+
+
+def _epochs(row: Json) -> float:
+    return math.inf if row["epochs"] is None else row["epochs"]
 
 
 def _table(
@@ -178,14 +199,14 @@ def _table(
         if not runs:
             continue
         cells = [arm, f"{len(runs)}", *(texts[arm] for texts in words.values())]
-        for value in columns.values():
+        for name, value in columns.items():
             found = [number for number in map(value, runs) if number is not None]
-            cells.append(_mean_and_spread(found))
+            cells.append(_mean_and_spread(found, 0 if name == _EPOCHS else 3))
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def _mean_and_spread(values: Sequence[float], digits: int) -> str:
     if len(values) < 2:
-        return f"{values[0]:.3f}" if values else ""
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+        return f"{values[0]:.{digits}f}" if values else ""
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
