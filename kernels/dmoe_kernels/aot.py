@@ -2,8 +2,9 @@
 
     python -m dmoe_kernels.aot --out docs/results/kernels_aot.md [KERNEL ...]
 
-A config that spills registers, or lacks the tensor-core instruction of its target, is a fault: the
-command ends with 1. Triton's own ptxas and cuobjdump do the work.
+A config that spills registers, lacks the tensor-core instruction of its target, or was to
+specialise its warps and did not, is a fault: the command ends with 1. Triton's own ptxas and
+cuobjdump do the work.
 """
 
 import argparse
@@ -51,6 +52,8 @@ class Evidence(NamedTuple):
     """Bytes of shared memory a program."""
     tensor_core: int
     """Tensor-core instructions in the machine code."""
+    moved: int = 0
+    """Instructions that move registers from the warps that load to those that multiply."""
 
     @property
     def fault(self) -> str | None:
@@ -59,6 +62,8 @@ class Evidence(NamedTuple):
             return f"spills: {self.spilled} loads and stores"
         if self.case.multiplies and not self.tensor_core:
             return f"no {TENSOR_CORE[self.target]}"
+        if self.case.specialises and not self.moved:
+            return "warps are not specialised"
         return None
 
 
@@ -78,8 +83,11 @@ def compile_case(case: Case, target: str) -> Evidence:
     usage, machine_code = _inspect(compiled.asm["cubin"])
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     spilled = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
-    wanted = rf"\b{TENSOR_CORE[target]}\b"
-    return Evidence(case, target, registers, spilled, shared, len(re.findall(wanted, machine_code)))
+    multiply, move = (
+        len(re.findall(rf"\b{name}\b", machine_code))
+        for name in (TENSOR_CORE[target], "USETMAXREG")
+    )
+    return Evidence(case, target, registers, spilled, shared, multiply, move)
 
 
 def evidence(names: list[str], targets: list[str], *, first_only: bool) -> Iterator[Evidence]:

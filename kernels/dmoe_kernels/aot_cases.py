@@ -42,6 +42,8 @@ class Case:
     block: str
     multiplies: bool = True
     """Whether tensor cores must be used."""
+    specialises: bool = False
+    """Whether warps must have registers of their own, some to load and some to multiply."""
 
     def signature(self) -> dict[str, str]:
         """Return the type of each argument."""
@@ -102,6 +104,7 @@ def _product(
         config.warps,
         config.stages,
         f"{config.block_m}x{config.block_n}x{block_k}",
+        specialises=config.tma,
     )
 
 

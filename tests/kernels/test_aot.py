@@ -60,6 +60,12 @@ def test_what_is_a_fault(spilled: int, instructions: int, fault: str | None) -> 
     assert found is fault if fault is None else found.startswith(fault)
 
 
+def test_warps_that_are_not_specialised_are_a_fault() -> None:
+    case = next(c for c in aot.cases("sm_90", first_only=False) if c.specialises)
+    assert aot.Evidence(case, "sm_90", 168, 0, 0, 8).fault == "warps are not specialised"
+    assert aot.Evidence(case, "sm_90", 168, 0, 0, 8, 7).fault is None
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
