@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
 from dmoe.ops.backend import Backend, resolve_backend
-from dmoe.ops.expert_loop import backward_by_expert, forward_by_expert
 from dmoe.ops.grouped_mm import grouped_mm, grouped_outer
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
 from dmoe.ops.triton_experts import backward_by_triton, forward_by_triton
@@ -114,12 +113,7 @@ class _ExpertFFN(torch.autograd.Function):
     ) -> Tensor:
         backend = resolve_backend(options.backend, x_ND.device, x_ND.dtype)
         ctx.backend, ctx.options, activation = backend, options, options.activation
-        if backend == "loop":
-            z_RH, y_RD = forward_by_expert(
-                x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, activation
-            )
-            y_ND = sum_rows(y_RD, rows)
-        elif backend == "triton":
+        if backend == "triton":
             z_RH, y_ND = forward_by_triton(
                 x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, activation
             )
@@ -150,11 +144,6 @@ class _ExpertFFN(torch.autograd.Function):
                 activation,
                 main_grads,
             )
-        elif ctx.backend == "loop":
-            dx_RD, dweights_R, *dw = backward_by_expert(
-                dy_ND, x_ND, rows.index_R, weights_R, counts_E, w_up, w_down_EDF, z_RH, activation
-            )
-            dx_ND = sum_rows(dx_RD, rows)
         else:
             dy_RD, backend = take_rows(dy_ND, rows), ctx.backend
             if z_RH is None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.backend import ResolvedBackend
+from dmoe.ops.expert_loop import grouped_mm_by_expert, grouped_outer_by_expert
 from dmoe.ops.megablocks_gemm import grouped_mm_by_megablocks, grouped_outer_by_megablocks
 
 
@@ -20,11 +21,13 @@ def grouped_mm(
         x_RM: rows, sorted by group.
         w_EMN: one matrix a group, cast to the rows' dtype; a transposed view is fine.
         counts_E: int64 rows of each group; they must sum to R.
-        backend: "torch" or "megablocks".
+        backend: "torch", "loop" or "megablocks".
 
     Returns:
         (R, N) rows. No gradient: the ops that call this know cheaper ones than autograd's.
     """
+    if backend == "loop":
+        return grouped_mm_by_expert(x_RM, w_EMN, counts_E)
     if backend == "megablocks":
         return grouped_mm_by_megablocks(x_RM, w_EMN.to(x_RM.dtype), counts_E)
     return F.grouped_mm(x_RM, w_EMN.to(x_RM.dtype), offs=_ends(counts_E))
@@ -45,8 +48,10 @@ def grouped_outer(
         a_RM: rows, sorted by group.
         b_RN: as `a_RM`.
         counts_E: int64 rows of each group; they must sum to R.
-        backend: "torch" or "megablocks".
+        backend: "torch", "loop" or "megablocks".
     """
+    if backend == "loop":
+        return grouped_outer_by_expert(a_RM, b_RN, counts_E)
     if backend == "megablocks":
         return grouped_outer_by_megablocks(a_RM, b_RN, counts_E)
     return F.grouped_mm(a_RM.t(), b_RN, offs=_ends(counts_E))
