@@ -41,7 +41,7 @@ def cases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "k", "experts", "load", "dtype", "activation"), cases())
+@pytest.mark.parametrize(("tokens", "k", "experts", "load", "dtype", "activation"), [*cases()])
 def test_equals_the_twins(tokens, k, experts, load, dtype, activation) -> None:
     torch.manual_seed(0)
     dim, ffn_dim = 24, 40
