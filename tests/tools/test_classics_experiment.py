@@ -52,6 +52,7 @@ def test_runs_are_measured_and_reported(out: Path) -> None:
     assert {row["num_params"] for row in mixtures} == {24, 25}
     [row] = [json.loads(line) for line in (out / "language.jsonl").open()]
     assert 0 < row["loss"] < 10
+    assert row["early_step"] == 5
     assert row["moe/load_max_over_mean_mean"] >= 1
     page = out / "page.md"
     result = CliRunner().invoke(classics.app, ["report", "--out", str(out), "--page", str(page)])

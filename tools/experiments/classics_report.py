@@ -41,8 +41,7 @@ _LANGUAGE = """\
 Language runs train on {tokens:,} bytes of the source files of Python's standard library, {steps}
 steps of a model of `tools/experiments/classics.yaml`: 2 layers of 16 experts. The loss is nats a
 byte on held-out text; other columns are means over the last fifth of the training steps and over
-the layers. So few steps tell of load and dropping, and little of final losses: differences in loss
-of the size of the spread over seeds mean nothing."""
+the layers. Differences in loss of the size of the spread over seeds mean nothing."""
 
 
 class Table(NamedTuple):
@@ -105,9 +104,9 @@ router does not; here the router alone is rounded.""",
         """\
 ## Scale of the initial weights (Switch)
 
-The plain arm has a standard deviation of 0.02. The early loss is that of one training step, the
-30th. Switch reports that the smaller scale is better early and varies less from run to run.""",
-        {"loss": lambda row: row["loss"], "early loss": lambda row: row["early"]},
+The plain arm has a standard deviation of 0.02. The early loss is held out as well, an eighth of the
+way. Switch reports that the smaller scale is better early and varies less from run to run.""",
+        {"loss": lambda row: row["loss"], "early loss": lambda row: row["early_loss"]},
     ),
 )
 

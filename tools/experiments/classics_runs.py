@@ -15,8 +15,6 @@ from dmoe.trainer.build import open_run
 from dmoe.trainer.callbacks import Evaluate, LogMetrics
 from dmoe.trainer.summary import measure
 
-EARLY = 30
-"""Step of the early training loss, by which initial weights are compared."""
 AVERAGED = (
     "moe/load_cv_mean",
     "moe/load_max_over_mean_mean",
@@ -46,7 +44,7 @@ def perform(group: str, arm: str, seed: int, out: Path, overrides: list[str]) ->
         evaluate = Evaluate(config, run.journal, partial(measure, run))
         run.trainer.fit([metrics, evaluate])
     rows = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").open()]
-    steps = [row for row in rows if "loss" in row]
+    steps, held_out = ([row for row in rows if key in row] for key in ("loss", "eval_loss"))
     last = [row for row in steps if row["step"] > 0.8 * config.train.steps]
     return {
         "group": group,
@@ -54,7 +52,8 @@ def perform(group: str, arm: str, seed: int, out: Path, overrides: list[str]) ->
         "seed": seed,
         "steps": config.train.steps,
         "tokens": steps[-1]["tokens"],
-        "loss": next(row["eval_loss"] for row in rows if "eval_loss" in row),
-        "early": next(row["loss"] for row in steps if row["step"] >= min(EARLY, last[-1]["step"])),
+        "loss": held_out[-1]["eval_loss"],
+        "early_loss": held_out[0]["eval_loss"],
+        "early_step": held_out[0]["step"],
         **{key: statistics.fmean(r[key] for r in last) for key in AVERAGED if key in last[0]},
     }
