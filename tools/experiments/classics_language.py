@@ -71,7 +71,12 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         "ReMoE": {
             "num_experts": 32,
             "expert_ffn_dim": 32,
-            "router": {"name": "relu", "target_k": 4, "penalty": 1e-6},
+            "router": {
+                "name": "relu",
+                "target_k": 4,
+                "penalty": 1e-3,
+                "penalty_factor": 1.05,
+            },
         },
         "expert threshold": {
             "num_experts": 32,
