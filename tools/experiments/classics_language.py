@@ -74,8 +74,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
             "router": {
                 "name": "relu",
                 "target_k": 4,
-                "penalty": 1e-3,
-                "penalty_factor": 1.05,
+                "penalty": 1e-5,
+                "penalty_factor": 1.02,
             },
         },
         "expert threshold": {
