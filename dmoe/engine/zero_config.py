@@ -109,8 +109,9 @@ def _check_nvme(given: Mapping[str, Any], stage: int) -> None:
     if given.get("zero_optimization.offload_param.device") == "nvme":
         key = "deepspeed.zero_optimization.offload_param.device"
         raise ConfigError(
-            f"engine.{key} = nvme does not go with dmoe, which was not tried with weights on a "
-            f"disk: set it to cpu, and {_OPTIMIZER_DEVICE} to nvme",
+            f"engine.{key} = nvme fails in DeepSpeed 0.19, which assigns the buffer of a weight "
+            f"twice as it prefetches from the disk: set it to cpu, and "
+            f"engine.deepspeed.{_OPTIMIZER_DEVICE} to nvme",
             key=key,
         )
     if given.get(_OPTIMIZER_DEVICE) != "nvme":

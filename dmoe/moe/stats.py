@@ -40,7 +40,9 @@ class MoEOutput(NamedTuple):
 def measure(routing: Routing, dropped: Tensor, context: MoEContext) -> MoEStats:
     """Sum up a routing, of whose slots `dropped`, (), found no capacity."""
     scores_TE = routing.scores_TE.detach()
-    entropy_T = torch.special.entr(scores_TE).sum(-1) / math.log(max(2, scores_TE.shape[1]))
+    # As torch.special.entr, which takes four times as long on a CPU.
+    logs_TE = scores_TE.clamp(min=torch.finfo(scores_TE.dtype).tiny).log()
+    entropy_T = -torch.linalg.vecdot(scores_TE, logs_TE) / math.log(max(2, scores_TE.shape[1]))
     if context.valid_T is not None:
         entropy_T = entropy_T * context.valid_T
     return MoEStats(routing.counts_E, dropped, {"entropy": entropy_T.sum(), **routing.sums})

@@ -56,7 +56,7 @@ def test_a_contradiction_names_both_keys(extra: dict[str, Any], ours: str) -> No
     ("zero", "reason"),
     [
         ({"offload_optimizer": {"device": "nvme"}}, "set .*offload_optimizer.nvme_path"),
-        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "weights on a disk"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "prefetches from the disk"),
         ({"round_robin_gradients": True}, "mix them up"),
         ({"stage3_module_granularity_threshold": 9}, "experts"),
         ({"leaf_module": {"classes": ["Block"]}}, "experts"),

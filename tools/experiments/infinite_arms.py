@@ -41,7 +41,7 @@ def _dense(title: str, ffn_dim: int) -> Arm:
 
 
 def _top_k(title: str, num_experts: int, width: int, router: str) -> Arm:
-    # The loop takes any width; on a CPU it is what "auto" takes, too.
+    # The loop takes any width.
     moe = f"num_experts: {num_experts}, expert_ffn_dim: {width}, backend: loop, router: {router}"
     return Arm(title, "compared", (f"model.moe={{{moe}}}",))
 
