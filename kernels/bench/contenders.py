@@ -4,6 +4,7 @@ A contender is a function from a problem and its leaves to the output; one that 
 raises, and the table says why. Peers are called as their own documentation has it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from dmoe_kernels.experts import experts_backward, experts_forward
 from dmoe_kernels.slots import sort_slots
-from problem import Problem
+from problem import Problem, Shape
 from torch import Tensor
 
 Contender = Callable[[Problem, list[Tensor]], Tensor]
@@ -81,11 +82,19 @@ def grouped_mm(problem: Problem, leaves: list[Tensor]) -> Tensor:
 
 def hugging_face(problem: Problem, leaves: list[Tensor]) -> Tensor:
     """Run transformers' experts of Qwen3 with its grouped_mm."""
+    x_TD, weights_TK, w_up, w_down = leaves
+    return torch.func.functional_call(
+        _qwen3_experts(problem.shape),
+        {"gate_up_proj": w_up, "down_proj": w_down},
+        (x_TD, problem.ids_TK, weights_TK.to(x_TD.dtype)),
+    )
+
+
+@functools.lru_cache
+def _qwen3_experts(shape: Shape) -> torch.nn.Module:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    x_TD, weights_TK, w_up, w_down = leaves
-    shape = problem.shape
     config = Qwen3MoeConfig(
         hidden_size=shape.dim,
         moe_intermediate_size=shape.ffn_dim,
@@ -94,9 +103,7 @@ def hugging_face(problem: Problem, leaves: list[Tensor]) -> Tensor:
     )
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        experts = Qwen3MoeExperts(config)
-    experts.gate_up_proj, experts.down_proj = _parameter(w_up), _parameter(w_down)
-    return experts(x_TD, problem.ids_TK, weights_TK.to(x_TD.dtype))
+        return Qwen3MoeExperts(config)
 
 
 def liger(problem: Problem, leaves: list[Tensor]) -> Tensor:
@@ -104,47 +111,49 @@ def liger(problem: Problem, leaves: list[Tensor]) -> Tensor:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     x_TD, weights_TK, w_up, w_down = leaves
-    return LigerFusedMoEFunction.apply(x_TD, w_up, w_down, problem.ids_TK, weights_TK)
+    return LigerFusedMoEFunction.apply(x_TD, w_up, w_down, problem.ids_TK.int(), weights_TK)
 
 
 def scattermoe(problem: Problem, leaves: list[Tensor]) -> Tensor:
-    """Run ScatterMoE's gated network."""
-    from scattermoe.mlp import GLUMLP
+    """Run ScatterMoE's linears; its gated network would take the up rows before the gate rows."""
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     x_TD, weights_TK, w_up, w_down = leaves
-    shape = problem.shape
-    with torch.device("meta"):
-        mlp = GLUMLP(
-            input_size=shape.dim,
-            hidden_size=shape.ffn_dim,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            activation=torch.nn.SiLU(),
-        )
-    mlp.experts.weight, mlp.output_experts.weight = _parameter(w_up), _parameter(w_down)
-    return mlp(x_TD, weights_TK.to(x_TD.dtype), problem.ids_TK)
+    order = flatten_sort_count(problem.ids_TK, num_experts=len(w_up))
+    gate, value = parallel_linear(
+        x_TD, w_up.transpose(1, 2), problem.shape.top_k, *order, grouped_out=True
+    ).chunk(2, -1)
+    return parallel_linear(
+        F.silu(gate) * value,
+        w_down.transpose(1, 2),
+        1,
+        *order,
+        gates=weights_TK.to(x_TD.dtype),
+        grouped_in=True,
+    )
 
 
 def sonicmoe(problem: Problem, leaves: list[Tensor]) -> Tensor:
-    """Run SonicMoE with the routing given; its gate and up rows alternate."""
+    """Run SonicMoE with the routing given, as transformers calls it."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
 
     x_TD, weights_TK, w_up, w_down = leaves
-    alternating = torch.stack(w_up.chunk(2, 1), 2).flatten(1, 2)
     tokens = torch.arange(len(x_TD), device=x_TD.device, dtype=torch.int32)
     y_TD, *_ = moe_general_routing_inputs(
         x_TD,
         weights_TK.flatten(),
         tokens.repeat_interleave(problem.shape.top_k),
         problem.ids_TK.flatten().int(),
-        alternating.permute(1, 2, 0),
+        w_up.permute(1, 2, 0),
         None,
         w_down.permute(1, 2, 0),
         None,
         problem.shape.num_experts,
         torch.cuda.current_stream().cuda_stream,
         ActivationType.SWIGLU,
+        is_inference_mode_enabled=not torch.is_grad_enabled(),
+        concat_layout=True,  # gate rows, then up rows; without it they alternate
     )
     return y_TD
 
@@ -161,11 +170,6 @@ def megablocks(problem: Problem, leaves: list[Tensor]) -> Tensor:
     rows = ops.gmm(F.silu(gate) * value, w_down, counts, trans_b=True)
     rows = rows * weights_TK.flatten()[slots_R, None].to(rows.dtype)
     return torch.zeros_like(x_TD).index_add(0, tokens_R, rows)
-
-
-def _parameter(tensor: Tensor) -> torch.nn.Parameter:
-    """Return the tensor as a parameter that shares its memory; its gradient stays on it."""
-    return torch.nn.Parameter(tensor.detach())
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -26,7 +26,7 @@ def tune(problem: Problem) -> None:
     offsets = tile_rows(counts_E, num_rows, 128).offsets
     z_RH, a_RF = up(x, index_R, weights_R, counts_E, problem.w_up_EHD, "swiglu")
     gemm = functools.partial(grouped_gemm, counts_E=counts_E, num_rows=num_rows)
-    outer = functools.partial(grouped_outer, offsets=offsets, num_rows=num_rows, dtype=x.dtype)
+    outer = functools.partial(grouped_outer, index_R=index_R, offsets=offsets, dtype=x.dtype)
     runs: list[tuple[str, tuple[int, ...], Callable[[Config], object]]] = [
         (
             "up",
@@ -60,9 +60,9 @@ def tune(problem: Problem) -> None:
         (
             "outer",
             (dim, ffn_dim),
-            lambda c: outer(problem.dy_TD, a_RF, a_index_R=index_R, config=c),
+            lambda c: outer(problem.dy_TD, a_RF, gather_a=True, config=c),
         ),
-        ("outer", (2 * ffn_dim, dim), lambda c: outer(z_RH, x, b_index_R=index_R, config=c)),
+        ("outer", (2 * ffn_dim, dim), lambda c: outer(z_RH, x, gather_a=False, config=c)),
     ]
     for kernel, sizes, run in runs:
         key = (*sizes, num_experts, bucket)

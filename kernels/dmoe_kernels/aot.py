@@ -2,9 +2,8 @@
 
     python -m dmoe_kernels.aot --out docs/results/kernels_aot.md [KERNEL ...]
 
-A config that spills registers, lacks the tensor-core instruction of its target, or was to
-specialise its warps and did not, is a fault: the command ends with 1. Triton's own ptxas and
-cuobjdump do the work.
+A config that spills registers, lacks the tensor-core instruction of its target, or was to load by
+TMA and does not, is a fault: the command ends with 1. Triton's own ptxas and cuobjdump do the work.
 """
 
 import argparse
@@ -52,8 +51,8 @@ class Evidence(NamedTuple):
     """Bytes of shared memory a program."""
     tensor_core: int
     """Tensor-core instructions in the machine code."""
-    moved: int = 0
-    """Instructions that move registers from the warps that load to those that multiply."""
+    by_tma: int = 0
+    """Loads by TMA in the machine code."""
 
     @property
     def fault(self) -> str | None:
@@ -62,8 +61,8 @@ class Evidence(NamedTuple):
             return f"spills: {self.spilled} loads and stores"
         if self.case.multiplies and not self.tensor_core:
             return f"no {TENSOR_CORE[self.target]}"
-        if self.case.specialises and not self.moved:
-            return "warps are not specialised"
+        if self.case.constexprs.get("TMA") and not self.by_tma:
+            return "does not load by TMA"
         return None
 
 
@@ -83,11 +82,10 @@ def compile_case(case: Case, target: str) -> Evidence:
     usage, machine_code = _inspect(compiled.asm["cubin"])
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     spilled = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
-    multiply, move = (
-        len(re.findall(rf"\b{name}\b", machine_code))
-        for name in (TENSOR_CORE[target], "USETMAXREG")
+    multiply, load = (
+        len(re.findall(rf"\b{name}\b", machine_code)) for name in (TENSOR_CORE[target], "UTMALDG")
     )
-    return Evidence(case, target, registers, spilled, shared, multiply, move)
+    return Evidence(case, target, registers, spilled, shared, multiply, load)
 
 
 def evidence(names: list[str], targets: list[str], *, first_only: bool) -> Iterator[Evidence]:

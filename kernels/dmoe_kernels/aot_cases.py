@@ -16,7 +16,6 @@ from dmoe_kernels import (
     routing,
     slots,
     tiles,
-    tma,
     up,
     wire,
 )
@@ -35,15 +34,13 @@ class Case:
     form: str
     kernel: Any
     pointers: dict[str, str]
-    """Element type of each pointer."""
+    """Element type of each pointer; of a descriptor for TMA with its block."""
     constexprs: dict[str, Any]
     warps: int
     stages: int
     block: str
     multiplies: bool = True
     """Whether tensor cores must be used."""
-    specialises: bool = False
-    """Whether warps must have registers of their own, some to load and some to multiply."""
 
     def signature(self) -> dict[str, str]:
         """Return the type of each argument."""
@@ -59,14 +56,15 @@ class Case:
         return {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(self.kernel.arg_names)
-            if (name in self.pointers or name in _SIZES) and name not in self.constexprs
+            if (name in _SIZES or "[" not in self.pointers.get(name, "["))
+            and name not in self.constexprs
         }
 
     def _type(self, name: str) -> str:
         if name in self.constexprs:
             return "constexpr"
-        if name in self.pointers:
-            return f"*{self.pointers[name]}"
+        if pointed := self.pointers.get(name):
+            return f"tensordesc<{pointed}>" if "[" in pointed else f"*{pointed}"
         return "fp32" if name in ("scale", "factor", "quantile") else "i32"
 
 
@@ -74,7 +72,7 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     """Yield what is compiled for a target; with `first_only` the default config of each form."""
     shared_memory, wgmma = _LIMITS[target]
     for name, form, kernel, pointers, constants in _products():
-        fitting = candidates(name, 2, shared_memory, wgmma)
+        fitting = candidates(name, 2, shared_memory, wgmma=wgmma)
         for config in fitting[:1] if first_only else fitting:
             yield _product(name, form, kernel, pointers, constants, config)
     for name, form, kernel, pointers, constants, warps in _others():
@@ -90,11 +88,25 @@ def _product(
     constants: dict[str, Any],
     config: Config,
 ) -> Case:
-    block_k = scaled_k(config, 2)
+    block_m, block_n, block_k = config.block_m, config.block_n, scaled_k(config, 2)
+    if constants.get("GATHER_A"):
+        block_m, block_n = block_n, block_m
     if config.tma:
-        kernel, form = tma.gemm_tma_kernel, f"{form}, TMA"
-        constants = {"TRANSPOSED": constants["TRANSPOSED"]}
-    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": block_k}
+        form = f"{form}, TMA"
+        blocks = {"a": (block_m, block_k), "w": (1, block_n, block_k)}
+        if constants.get("ACTIVATION") == "swiglu":
+            blocks["w"] = (2, block_n // 2, block_k)
+        elif constants.get("TRANSPOSED") is False:
+            blocks["w"] = (1, block_k, block_n)
+        if name == "up":
+            del blocks["a"]
+        elif name != "gemm":
+            by_tma, columns = ("b", block_n) if constants["GATHER_A"] else ("a", block_m)
+            blocks = {by_tma: (block_k, columns)}
+        described = {arg: f"bf16[{','.join(map(str, block))}]" for arg, block in blocks.items()}
+        pointers = pointers | described
+    constants = constants | ({} if name == "dz" else {"TMA": config.tma})
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return Case(
         name,
         form,
@@ -103,8 +115,7 @@ def _product(
         constants | sizes | {"PRECISION": "tf32", "GROUP_M": config.group_m},
         config.warps,
         config.stages,
-        f"{config.block_m}x{config.block_n}x{block_k}",
-        specialises=config.tma,
+        f"{block_m}x{block_n}x{block_k}",
     )
 
 
@@ -126,14 +137,13 @@ def _products() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]
     for activation in ("swiglu", "gelu", "relu"):
         constants = {"ACTIVATION": activation, "EVEN_K": True}
         yield "dz", activation, dz.dz_kernel, back, constants
-    outer = {"a": "bf16", "b": "bf16", "offsets": "i32", "a_index": "i64", "b_index": "i64"}
-    for name, form, a_gather, out in (
+    outer = {"a": "bf16", "b": "bf16", "offsets": "i32", "index": "i64"}
+    for name, form, gather_a, out in (
         ("outer", "dw_down", True, "bf16"),
         ("outer", "dw_up", False, "bf16"),
         ("outer_add", "dw_up, fp32", False, "fp32"),
     ):
-        constants = {"A_GATHER": a_gather, "B_GATHER": not a_gather}
-        constants |= {"ACCUMULATE": name == "outer_add"}
+        constants = {"GATHER_A": gather_a, "ACCUMULATE": name == "outer_add"}
         yield name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants
 
 

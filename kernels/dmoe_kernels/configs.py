@@ -24,7 +24,7 @@ class Config(NamedTuple):
     block_m: int
     """Rows, or the first dim of a weight gradient."""
     block_n: int
-    """Columns; of each of the two halves where an activation is gated."""
+    """Columns; where an activation is gated, half of them of each of its two inputs."""
     block_k: int
     """Summed in a step, for elements of 2 bytes."""
     warps: int
@@ -33,21 +33,26 @@ class Config(NamedTuple):
     group_m: int = 16
     """Tiles of rows that share a block of weights in the L2 cache."""
     tma: bool = False
-    """Load both sides by TMA, with warps of their own (sm_90); only where tuning found it best."""
+    """Load by TMA what lies in order (sm_90): the matrices, and rows that are not gathered."""
 
 
-# The first of a kernel that fits is taken where nothing was tuned. None spills: see aot.py.
+# The first of a kernel that fits is taken where nothing was tuned: on sm_90 what was best on an
+# H100 at the sizes of Qwen3-30B-A3B. None spills: see aot.py.
 CANDIDATES = {
     "up": [
+        Config(128, 256, 64, 8, 3, 8, tma=True),
+        Config(128, 256, 64, 8, 3, 16, tma=True),
+        Config(128, 256, 64, 8, 3, 8),
+        Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
-        Config(128, 64, 64, 8, 4),
-        Config(128, 64, 64, 8, 3),
-        Config(128, 64, 64, 4, 3),
-        Config(128, 64, 64, 8, 2),
-        Config(64, 64, 64, 4, 4),
-        Config(64, 64, 32, 4, 2),
+        Config(128, 128, 64, 8, 2),
+        Config(64, 128, 64, 4, 4),
+        Config(64, 128, 32, 4, 2),
     ],
     "gemm": [
+        Config(128, 256, 64, 8, 3, 8, tma=True),
+        Config(128, 256, 64, 8, 3, 16, tma=True),
+        Config(128, 128, 64, 8, 4, 8, tma=True),
         Config(128, 256, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
@@ -55,8 +60,6 @@ CANDIDATES = {
         Config(128, 128, 32, 8, 3),
         Config(64, 128, 64, 4, 4),
         Config(64, 64, 32, 4, 2),
-        Config(128, 256, 64, 4, 3, tma=True),
-        Config(128, 128, 64, 4, 4, tma=True),
     ],
     "dz": [
         Config(128, 128, 64, 8, 4),
@@ -66,7 +69,11 @@ CANDIDATES = {
         Config(64, 64, 64, 4, 3),
         Config(64, 64, 32, 4, 2),
     ],
+    # The first block is that of the side whose rows lie in order.
     "outer": [
+        Config(256, 128, 64, 8, 3, 4, tma=True),
+        Config(256, 128, 64, 8, 3, 8, tma=True),
+        Config(128, 256, 64, 8, 3, 8, tma=True),
         Config(256, 128, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
@@ -78,6 +85,7 @@ CANDIDATES = {
     ],
     # "outer" that adds to what is there, and so needs registers for it.
     "outer_add": [
+        Config(128, 128, 64, 8, 4, 8, tma=True),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
         Config(128, 64, 64, 8, 3),
@@ -89,11 +97,10 @@ CANDIDATES = {
 _INTERPRETED = Config(32, 16, 16, 4, 1, 2)
 
 
-def bytes_needed(kernel: str, config: Config, itemsize: int) -> int:
+def bytes_needed(config: Config, itemsize: int) -> int:
     """Return the shared memory that the loads of a config take."""
     block_k = scaled_k(config, itemsize)
-    width = config.block_m + config.block_n * (2 if kernel == "up" else 1)
-    return config.stages * width * block_k * itemsize
+    return config.stages * (config.block_m + config.block_n) * block_k * itemsize
 
 
 def scaled_k(config: Config, itemsize: int) -> int:
@@ -101,7 +108,9 @@ def scaled_k(config: Config, itemsize: int) -> int:
     return max(16, config.block_k * 2 // itemsize)
 
 
-def candidates(kernel: str, itemsize: int, shared_memory: int, wgmma: bool) -> list[Config]:
+def candidates(
+    kernel: str, itemsize: int, shared_memory: int, *, wgmma: bool, tma: bool = True
+) -> list[Config]:
     """Return the configs of a kernel that fit.
 
     Args:
@@ -111,22 +120,31 @@ def candidates(kernel: str, itemsize: int, shared_memory: int, wgmma: bool) -> l
         wgmma: whether products read both sides from shared memory, and TMA is there (sm_90):
             elsewhere a program that holds more than 2048 numbers a warp, 128 x 128 for 8 of them,
             spills.
+        tma: whether TMA can read what it would have to.
     """
     fitting = [
         config
         for config in CANDIDATES[kernel]
-        if bytes_needed(kernel, config, itemsize) <= shared_memory
-        and (wgmma or (not config.tma and _held(kernel, config) <= 2048 * config.warps))
+        if bytes_needed(config, itemsize) <= shared_memory
+        and (wgmma or _held(kernel, config) <= 2048 * config.warps)
+        and (not config.tma or (wgmma and tma))
     ]
     assert fitting, f"no config of {kernel} fits {shared_memory} bytes"
     return fitting
 
 
 def _held(kernel: str, config: Config) -> int:
-    return config.block_m * config.block_n * (2 if kernel in ("up", "outer_add") else 1)
+    return config.block_m * config.block_n * (2 if kernel == "outer_add" else 1)
 
 
-def choose(kernel: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Config:
+def choose(
+    kernel: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    tma: bool = False,
+) -> Config:
     """Return the config for a kernel on a device.
 
     Args:
@@ -135,11 +153,14 @@ def choose(kernel: str, dtype: torch.dtype, shape: tuple[int, ...], device: torc
         shape: (M, N, K) of the product as the kernel names them, E, and rows an expert, rounded up
             to a power of 2.
         device: where it runs.
+        tma: whether TMA can read what it would have to.
     """
     if INTERPRET.value:
         return _INTERPRETED
     tuned = _tuned(device).get(_key(kernel, dtype, shape))
-    return Config(*tuned) if tuned else _candidates_of(kernel, dtype, device)[0]
+    if tuned and (tma or not Config(*tuned).tma):
+        return Config(*tuned)
+    return _candidates_of(kernel, dtype, device, tma)[0]
 
 
 def tune(
@@ -156,7 +177,7 @@ def tune(
         measure: returns the time of a config; one that raises is passed over.
     """
     times = {}
-    for config in _candidates_of(kernel, dtype, device):
+    for config in _candidates_of(kernel, dtype, device, tma=True):
         try:
             times[config] = measure(config)
         except (RuntimeError, triton.runtime.errors.OutOfResources):
@@ -183,9 +204,11 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
     return triton.next_power_of_2(max(1, triton.cdiv(num_rows, num_experts)))
 
 
-def _candidates_of(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Config]:
+def _candidates_of(
+    kernel: str, dtype: torch.dtype, device: torch.device, tma: bool
+) -> list[Config]:
     shared_memory, wgmma = _limits(device)
-    return candidates(kernel, dtype.itemsize, shared_memory, wgmma)
+    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, tma=tma)
 
 
 @functools.cache

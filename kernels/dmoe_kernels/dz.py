@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded, swizzled
+from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
-from dmoe_kernels.grouped_gemm import product
-from dmoe_kernels.tiles import tile_rows
+from dmoe_kernels.product import halves, product, tile_at
+from dmoe_kernels.tiles import Tiles, tile_rows
 
 
 def dz(
@@ -25,12 +25,19 @@ def dz(
     w_down_EDF: Tensor,
     activation: str,
     config: Config | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz_RH, a_RF = s act(z), and the gates' gradients dweights_R in their dtype."""
+    """Return dz_RH, a_RF = s act(z), and the gates' gradients dweights_R in their dtype.
+
+    Past the last row of all experts some rows are zero, as `grouped_outer` asks; the others there
+    are left as they are.
+    """
     (num_experts, dim, ffn_dim), num_rows = w_down_EDF.shape, len(index_R)
-    shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-    config = config or choose("dz", dy_ND.dtype, shape, dy_ND.device)
-    tiles = tile_rows(counts_E, num_rows, config.block_m)
+    if config is None:
+        shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
+        config = choose("dz", dy_ND.dtype, shape, dy_ND.device)
+    if tiles is None or tiles.block_m != config.block_m:
+        tiles = tile_rows(counts_E, num_rows, config.block_m)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)
     num_n = triton.cdiv(ffn_dim, config.block_n)
     # Each tile of columns has a part of a gate's gradient: no atomics. Rows in no tile keep zero.
@@ -119,6 +126,7 @@ def _dz_tile(
     a,
     parts,
     index,
+    expert,
     row,
     end,
     col,
@@ -135,12 +143,16 @@ def _dz_tile(
         dy,
         w,
         index,
+        expert,
         row,
         end,
         col,
         ffn_dim,
         dim,
         True,
+        False,
+        1,
+        False,
         False,
         EVEN_K,
         PRECISION,
@@ -152,12 +164,11 @@ def _dz_tile(
     inside = rows < end
     weight = tl.load(weights + rows, mask=inside, other=0.0).to(tl.float32)
     # Two halves, one after the other: with all columns at once the epilogue spills registers.
-    HALF: tl.constexpr = BLOCK_N // 2
-    halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
-    left, right = tl.split(halves)
-    cols = col + tl.arange(0, HALF)
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    cols = col + tl.arange(0, BLOCK_N // 2)
     part = _dz_columns(left, weight, z, dz_, a, rows, inside, cols, ffn_dim, ACTIVATION)
-    part += _dz_columns(right, weight, z, dz_, a, rows, inside, cols + HALF, ffn_dim, ACTIVATION)
+    cols += BLOCK_N // 2
+    part += _dz_columns(right, weight, z, dz_, a, rows, inside, cols, ffn_dim, ACTIVATION)
     tl.store(parts + rows, part, mask=inside)
 
 
@@ -187,25 +198,27 @@ def dz_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile of dY W_down, with the backward of the activation in the epilogue."""
-    num_m = tl.load(offsets + num_experts + 1)
+    SIZE: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
+    _zero_rows(dz_, offsets, num_experts, num_rows, SIZE * ffn_dim)
+    _zero_rows(a, offsets, num_experts, num_rows, ffn_dim)
     num_n = tl.cdiv(ffn_dim, BLOCK_N)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzled(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(table + m).to(tl.int64)
-        row = tl.load(table + bound + m)
-        end = tl.load(table + 2 * bound + m)
-        small = (end - row <= BLOCK_M // 2).to(tl.int32)
+    total = tl.load(offsets + num_experts + 1) * num_n
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, row, end, n, small = tile_at(
+            tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
+        )
         for HALVED in tl.static_range(2):
             if small == HALVED:
                 _dz_tile(
                     dy,
-                    w + expert * ffn_dim * dim,
+                    w,
                     weights,
                     z,
                     dz_,
                     a,
                     parts + n.to(tl.int64) * num_rows,
                     index,
+                    expert,
                     row,
                     end,
                     n * BLOCK_N,
@@ -218,3 +231,14 @@ def dz_kernel(
                     BLOCK_N,
                     BLOCK_K,
                 )
+
+
+@triton.jit
+def _zero_rows(x, offsets, num_experts, num_rows, width):
+    """Write zeros to the rows after those of all experts, as many as a product may read of them."""
+    rows = tl.load(offsets + num_experts) + tl.arange(0, 64)
+    place = x + rows.to(tl.int64)[:, None] * width
+    for col in range(tl.program_id(0) * 16, width, tl.num_programs(0) * 16):
+        cols = col + tl.arange(0, 16)
+        mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
+        tl.store(place + cols[None, :], tl.zeros((64, 16), x.dtype.element_ty), mask=mask)

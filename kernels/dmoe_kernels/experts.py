@@ -16,6 +16,9 @@ from dmoe_kernels.grouped_gemm import grouped_gemm, grouped_outer
 from dmoe_kernels.tiles import tile_rows
 from dmoe_kernels.up import up
 
+BLOCK_M = 128
+"""Rows of a tile in most configs: those share one table of tiles."""
+
 
 def experts_forward(
     x_ND: Tensor,
@@ -39,8 +42,10 @@ def experts_forward(
         activation: "swiglu", "gelu" (tanh form) or "relu".
     """
     index_R, by_source_R, offsets_N1 = row_map
-    z_RH, a_RF = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
-    y_RD = grouped_gemm(a_RF, w_down_EDF, counts_E, transposed=True, num_rows=len(index_R))
+    num_rows = len(index_R)
+    tiles = tile_rows(counts_E, num_rows, BLOCK_M)
+    z_RH, a_RF = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
+    y_RD = grouped_gemm(a_RF, w_down_EDF, counts_E, transposed=True, num_rows=num_rows, tiles=tiles)
     return gather_sum(y_RD, by_source_R, offsets_N1), z_RH
 
 
@@ -75,29 +80,21 @@ def experts_backward(
     """
     index_R, by_source_R, offsets_N1 = row_map
     num_rows = len(index_R)
+    tiles = tile_rows(counts_E, num_rows, BLOCK_M)
     if z_RH is None:
-        z_RH, _ = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
-    dz_RH, a_RF, dweights_R = dz(dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation)
-    offsets = tile_rows(counts_E, num_rows, 128).offsets
+        z_RH, _ = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
+    dz_RH, a_RF, dweights_R = dz(
+        dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation, tiles=tiles
+    )
     into_up, into_down = accumulate or (None, None)
     dw_down_EDF = grouped_outer(
-        dy_ND,
-        a_RF,
-        offsets,
-        num_rows=num_rows,
-        dtype=weight_dtype,
-        a_index_R=index_R,
-        out=into_down,
+        dy_ND, a_RF, index_R, tiles.offsets, gather_a=True, dtype=weight_dtype, out=into_down
     )
-    dx_RD = grouped_gemm(dz_RH, w_up_EHD, counts_E, transposed=False, num_rows=num_rows)
+    dx_RD = grouped_gemm(
+        dz_RH, w_up_EHD, counts_E, transposed=False, num_rows=num_rows, tiles=tiles
+    )
     dx_ND = gather_sum(dx_RD, by_source_R, offsets_N1)
     dw_up_EHD = grouped_outer(
-        dz_RH,
-        x_ND,
-        offsets,
-        num_rows=num_rows,
-        dtype=weight_dtype,
-        b_index_R=index_R,
-        out=into_up,
+        dz_RH, x_ND, index_R, tiles.offsets, gather_a=False, dtype=weight_dtype, out=into_up
     )
     return dx_ND, dweights_R, dw_up_EHD, dw_down_EDF

@@ -1,7 +1,8 @@
 """Grouped GEMM over rows sorted by expert, and its weight gradient; persistent, no host wait.
 
-Rows may be read through an index. Shapes: R routed rows, E experts, and M, N, K of a product; with
-`tiles` from `tiles.tile_rows`, a program takes tiles until the table's own length is reached.
+Rows may be read through an index; on sm_90 what lies in order is loaded by TMA. Shapes: R routed
+rows, E experts, and M, N, K of a product; with `tiles` from `tiles.tile_rows`, a program takes
+tiles until the table's own length is reached.
 """
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.product import product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
-from dmoe_kernels.tma import gemm_by_tma
+from dmoe_kernels.tma import matrix_descriptor, rows_descriptor, suits_tma
 
 
 def grouped_gemm(
@@ -44,19 +46,22 @@ def grouped_gemm(
     num_experts, size_k = len(w), a_RK.shape[1]
     size_n = w.shape[1] if transposed else w.shape[2]
     shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
-    config = config or choose("gemm", a_RK.dtype, shape, a_RK.device)
+    if config is None:
+        tma = index_R is None and suits_tma(a_RK, w)
+        config = choose("gemm", a_RK.dtype, shape, a_RK.device, tma=tma)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)
+    block_k = scaled_k(config, a_RK.itemsize)
+    a, matrix = a_RK, w
     if config.tma:
         assert index_R is None, "TMA reads rows that lie one after the other"
-        gemm_by_tma(a_RK, w, y_RN, tiles, transposed=transposed, config=config)
-        return y_RN
-    block_k = scaled_k(config, a_RK.itemsize)
+        a = rows_descriptor(a_RK, config.block_m, block_k)
+        matrix = matrix_descriptor(w, config.block_n, block_k, transposed=transposed)
     most = tiles.table_3M.shape[1] * triton.cdiv(size_n, config.block_n)
     gemm_kernel[(num_programs(a_RK.device, most),)](
-        a_RK,
-        w,
+        a,
+        matrix,
         y_RN,
         a_RK if index_R is None else index_R,
         tiles.table_3M,
@@ -67,6 +72,7 @@ def grouped_gemm(
         size_k,
         GATHER=index_R is not None,
         TRANSPOSED=transposed,
+        TMA=config.tma,
         EVEN_K=size_k % block_k == 0,
         PRECISION=precision_of(a_RK.dtype),
         BLOCK_M=config.block_m,
@@ -82,103 +88,73 @@ def grouped_gemm(
 def grouped_outer(
     a_RM: Tensor,
     b_RN: Tensor,
+    index_R: Tensor,
     offsets: Tensor,
     *,
-    num_rows: int,
+    gather_a: bool,
     dtype: torch.dtype,
-    a_index_R: Tensor | None = None,
-    b_index_R: Tensor | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Return (E, M, N) in `dtype`: a^T b over the rows of each expert, zero where it has none.
 
+    One side lies in order, sorted by expert; of the other, rows are read through the index. By TMA
+    up to a block of rows past an expert's last is read of the side in order, and multiplied by
+    zero: these must be finite where the rows of all experts end (see `dz`).
+
     Args:
-        a_RM: rows, sorted by expert; with `a_index_R` the sources that it reads rows from.
-        b_RN: as `a_RM`.
+        a_RM: rows, or with `gather_a` their sources.
+        b_RN: sources of rows, or with `gather_a` the rows.
+        index_R: (R,) int64 source of each row.
         offsets: of `Tiles`.
-        num_rows: R, from which the tile shape is chosen.
+        gather_a: which side the index is for.
         dtype: of the result; summed in float32.
-        a_index_R: (R,) int64 source of each row of a, or None.
-        b_index_R: as `a_index_R`, of b.
         out: (E, M, N) to add to, such as a gradient of all micro-batches; a new one if None.
-        config: of the kernel; chosen if None.
+        config: of the kernel; chosen if None. Its first block is that of the side in order.
     """
     num_experts, size_m, size_n = len(offsets) - 2, a_RM.shape[1], b_RN.shape[1]
-    shape = (size_m, size_n, num_experts, rows_bucket(num_rows, num_experts))
+    kernel = "outer" if out is None else "outer_add"
+    in_order = b_RN if gather_a else a_RM
+    if config is None:
+        shape = (size_m, size_n, num_experts, rows_bucket(len(index_R), num_experts))
+        tma = suits_tma(in_order)
+        config = choose(kernel, a_RM.dtype, shape, a_RM.device, tma=tma)
+    block_k = scaled_k(config, a_RM.itemsize)
+    block_m, block_n = config.block_m, config.block_n
+    if gather_a:
+        block_m, block_n = block_n, block_m
+    # Tiles that share a block in the L2 cache: as many rows of the result, whichever their height.
+    group_m = config.group_m * config.block_m // block_m
+    a, b = a_RM, b_RN
+    if config.tma and gather_a:
+        b = rows_descriptor(b_RN, block_k, block_n)
+    elif config.tma:
+        a = rows_descriptor(a_RM, block_k, block_m)
     accumulate = out is not None
-    kernel = "outer_add" if accumulate else "outer"
-    config = config or choose(kernel, a_RM.dtype, shape, a_RM.device)
     if out is None:
         out = a_RM.new_empty(num_experts, size_m, size_n, dtype=dtype)
-    tiles_m, tiles_n = triton.cdiv(size_m, config.block_m), triton.cdiv(size_n, config.block_n)
-    outer_kernel[(num_programs(a_RM.device, num_experts * tiles_m * tiles_n),)](
-        a_RM,
-        b_RN,
+    most = num_experts * triton.cdiv(size_m, block_m) * triton.cdiv(size_n, block_n)
+    outer_kernel[(num_programs(a_RM.device, most),)](
+        a,
+        b,
         out,
-        offsets if a_index_R is None else a_index_R,
-        offsets if b_index_R is None else b_index_R,
+        index_R,
         offsets,
         num_experts,
         size_m,
         size_n,
-        A_GATHER=a_index_R is not None,
-        B_GATHER=b_index_R is not None,
+        GATHER_A=gather_a,
+        TMA=config.tma,
         ACCUMULATE=accumulate,
         PRECISION=precision_of(a_RM.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=scaled_k(config, a_RM.itemsize),
-        GROUP_M=config.group_m,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=group_m,
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return out
-
-
-@triton.jit
-def product(
-    a,
-    w,
-    index,
-    row,
-    end,
-    col,
-    size_n,
-    size_k,
-    GATHER: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Return the float32 (BLOCK_M, BLOCK_N) product of the rows from `row` on with one matrix."""
-    rows = row + tl.arange(0, BLOCK_M)
-    # Rows past the end repeat a good one; they are not stored.
-    rows = tl.where(rows < end, rows, row)
-    cols = col + tl.arange(0, BLOCK_N)
-    inside = (cols < size_n)[None, :]
-    source = tl.load(index + rows) if GATHER else rows
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a + source.to(tl.int64)[:, None] * size_k + k[None, :]
-    if TRANSPOSED:
-        w_ptrs = w + cols[None, :] * size_k + k[:, None]
-    else:
-        w_ptrs = w + k[:, None] * size_n + cols[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, size_k, BLOCK_K):
-        if EVEN_K:
-            a_tile = tl.load(a_ptrs)
-            w_tile = tl.load(w_ptrs, mask=inside, other=0.0)
-        else:
-            a_tile = tl.load(a_ptrs, mask=k[None, :] < size_k - k0, other=0.0)
-            w_tile = tl.load(w_ptrs, mask=inside & (k[:, None] < size_k - k0), other=0.0)
-        acc = dot(a_tile, w_tile, acc, PRECISION)
-        a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K if TRANSPOSED else BLOCK_K * size_n
-    return acc
 
 
 @triton.jit
@@ -187,6 +163,7 @@ def _gemm_tile(
     w,
     y,
     index,
+    expert,
     row,
     end,
     col,
@@ -194,6 +171,7 @@ def _gemm_tile(
     size_k,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -204,6 +182,7 @@ def _gemm_tile(
         a,
         w,
         index,
+        expert,
         row,
         end,
         col,
@@ -211,6 +190,9 @@ def _gemm_tile(
         size_k,
         GATHER,
         TRANSPOSED,
+        1,
+        TMA,
+        TMA,
         EVEN_K,
         PRECISION,
         BLOCK_M,
@@ -238,6 +220,7 @@ def gemm_kernel(
     size_k,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -245,23 +228,25 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Take tile after tile; one of at most half the rows is computed at half the height."""
-    num_m = tl.load(offsets + num_experts + 1)
+    """Take tile after tile; one of at most half the rows is computed at half the height.
+
+    By TMA all are of full height, and the loops over tiles and over K are one: the next tile is
+    loaded while this one is stored.
+    """
     num_n = tl.cdiv(size_n, BLOCK_N)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzled(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(table + m).to(tl.int64)
-        row = tl.load(table + bound + m)
-        end = tl.load(table + 2 * bound + m)
-        w_expert = w + expert * size_n * size_k
-        small = (end - row <= BLOCK_M // 2).to(tl.int32)
-        for HALVED in tl.static_range(2):
-            if small == HALVED:
+    total = tl.load(offsets + num_experts + 1) * num_n
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=TMA):
+        expert, row, end, n, small = tile_at(
+            tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
+        )
+        for HALVED in tl.static_range(1 if TMA else 2):
+            if TMA or small == HALVED:
                 _gemm_tile(
                     a,
-                    w_expert,
+                    w,
                     y,
                     index,
+                    expert,
                     row,
                     end,
                     n * BLOCK_N,
@@ -269,6 +254,7 @@ def gemm_kernel(
                     size_k,
                     GATHER,
                     TRANSPOSED,
+                    TMA,
                     EVEN_K,
                     PRECISION,
                     BLOCK_M // (1 + HALVED),
@@ -282,14 +268,13 @@ def outer_kernel(
     a,
     b,
     out,
-    a_index,
-    b_index,
+    index,
     offsets,
     num_experts,
     size_m,
     size_n,
-    A_GATHER: tl.constexpr,
-    B_GATHER: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    TMA: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -316,17 +301,23 @@ def outer_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         # Sources are loaded a step ahead: an address that waits for a load cannot be pipelined.
         rows = begin + tl.arange(0, BLOCK_K)
-        a_rows = tl.load(a_index + rows, mask=rows < end, other=0) if A_GATHER else rows
-        b_rows = tl.load(b_index + rows, mask=rows < end, other=0) if B_GATHER else rows
+        source = tl.load(index + rows, mask=rows < end, other=0)
         for row in range(begin, end, BLOCK_K):
             rows = row + tl.arange(0, BLOCK_K)
-            inside = rows < end
-            a_ptrs = a + a_rows.to(tl.int64)[:, None] * size_m + rows_m[None, :]
-            b_ptrs = b + b_rows.to(tl.int64)[:, None] * size_n + cols_n[None, :]
-            a_tile = tl.load(a_ptrs, mask=inside[:, None] & inside_m, other=0.0)
-            b_tile = tl.load(b_ptrs, mask=inside[:, None] & inside_n, other=0.0)
+            inside = (rows < end)[:, None]
+            if TMA and not GATHER_A:
+                a_tile = a.load([row, m * BLOCK_M])
+            else:
+                a_rows = source if GATHER_A else rows
+                a_ptrs = a + a_rows.to(tl.int64)[:, None] * size_m + rows_m[None, :]
+                a_tile = tl.load(a_ptrs, mask=inside & inside_m, other=0.0)
+            if TMA and GATHER_A:
+                b_tile = b.load([row, n * BLOCK_N])
+            else:
+                b_rows = rows if GATHER_A else source
+                b_ptrs = b + b_rows.to(tl.int64)[:, None] * size_n + cols_n[None, :]
+                b_tile = tl.load(b_ptrs, mask=inside & inside_n, other=0.0)
             acc = dot(tl.trans(a_tile), b_tile, acc, PRECISION)
             rows += BLOCK_K
-            a_rows = tl.load(a_index + rows, mask=rows < end, other=0) if A_GATHER else rows
-            b_rows = tl.load(b_index + rows, mask=rows < end, other=0) if B_GATHER else rows
+            source = tl.load(index + rows, mask=rows < end, other=0)
         tl.store(out_ptrs, rounded(acc, out.dtype.element_ty), mask=mask)

@@ -1,7 +1,8 @@
 """Routing: scores, selection of the k best experts, their gates, and the gradient of the logits.
 
 Selection and gates are two launches, as a selection is made once and gates are computed again where
-activations are. Shapes: T tokens, E experts, K slots per token.
+activations are. Divisions round to nearest: those of a GPU do not, and a gate that is the only one
+would not be 1. Shapes: T tokens, E experts, K slots per token.
 """
 
 import torch
@@ -148,7 +149,7 @@ def scores_of(logits, inside, SCORE: tl.constexpr):
         largest = tl.max(logits, 1)
         scores = tl.where(inside, tl.exp(logits - largest[:, None]), 0.0)
         total = tl.sum(scores, 1)
-        scores = scores / total[:, None]
+        scores = tl.math.div_rn(scores, total[:, None])
     else:
         scores = tl.where(inside, tl.sigmoid(logits), 0.0)
         largest = tl.zeros_like(tl.max(logits, 1))
@@ -227,9 +228,10 @@ def raw_gates(
         # Finite, as a token without experts would else divide 0 by 0.
         best = tl.max(tl.where(used, chosen, -1e30), 1)
         gates = tl.where(used, tl.exp(chosen - best[:, None]), 0.0)
-        gates = gates / tl.maximum(tl.sum(gates, 1), TINY)[:, None]
+        gates = tl.math.div_rn(gates, tl.maximum(tl.sum(gates, 1), TINY)[:, None])
     elif SCORE == "softmax":
-        gates = tl.where(used, tl.exp(chosen - largest[:, None]) / total[:, None], 0.0)
+        gates = tl.math.div_rn(tl.exp(chosen - largest[:, None]), total[:, None])
+        gates = tl.where(used, gates, 0.0)
     else:
         gates = tl.where(used, tl.sigmoid(chosen), 0.0)
     return gates, used
@@ -261,7 +263,7 @@ def weigh_kernel(
         tl.load(logits + place, mask=inside, other=float("-inf")), inside, SCORE
     )
     if SCORE == "sigmoid":
-        scores = scores / tl.maximum(total, TINY)[:, None]
+        scores = tl.math.div_rn(scores, tl.maximum(total, TINY)[:, None])
     tl.store(scores_out + place, scores, mask=inside)
     gates, _ = raw_gates(
         logits,
@@ -277,7 +279,7 @@ def weigh_kernel(
         BLOCK_K,
     )
     if NORMALIZE:
-        gates = gates / tl.maximum(tl.sum(gates, 1), TINY)[:, None]
+        gates = tl.math.div_rn(gates, tl.maximum(tl.sum(gates, 1), TINY)[:, None])
     j = tl.arange(0, BLOCK_K)
     slot = t.to(tl.int64)[:, None] * top_k + j[None, :]
     tl.store(weights + slot, gates * scale, mask=(t < num_tokens)[:, None] & (j < top_k)[None, :])
@@ -388,7 +390,7 @@ def _dgates(
     dgates = tl.load(dweights + slot, mask=used, other=0.0) * scale
     if NORMALIZE:
         sums = tl.maximum(tl.sum(gates, 1), TINY)[:, None]
-        quotient = gates / sums
+        quotient = tl.math.div_rn(gates, sums)
         dgates = (dgates - tl.sum(dgates * quotient, 1)[:, None]) / sums
     if OVER_CHOICE:
         dgates = gates * (dgates - tl.sum(gates * dgates, 1)[:, None])

@@ -13,13 +13,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-OLD_TRITON = _numbers(triton.__version__) < (3, 7)
-if DEVICE.type == "cpu" and OLD_TRITON and _numbers(numpy.__version__) >= (2, 4):
-    pytest.skip(
+INTERPRETER_FAILS = ""
+if _numbers(triton.__version__) < (3, 7) and _numbers(numpy.__version__) >= (2, 4):
+    INTERPRETER_FAILS = (
         f"the interpreter of Triton {triton.__version__} needs numpy below 2.4, this is "
-        f"{numpy.__version__}: pip install 'numpy<2.4'",
-        allow_module_level=True,
+        f"{numpy.__version__}: pip install 'numpy<2.4'"
     )
+if DEVICE.type == "cpu" and INTERPRETER_FAILS:
+    pytest.skip(INTERPRETER_FAILS, allow_module_level=True)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
