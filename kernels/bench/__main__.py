@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=50, help="runs of each that are timed")
     parser.add_argument("--shapes", nargs="*", help="parts of names of shapes; all if none")
     parser.add_argument("--only", nargs="*", help="contenders; all that are importable if none")
+    parser.add_argument("--add", action="store_true", help="keep the document's other rows")
     parser.add_argument("--tune", action="store_true", help="measure all tile shapes first")
     parser.add_argument("--dry", action="store_true", help="checks alone, without a GPU")
     return parser.parse_args(arguments)
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options, deadline=started + options.seconds)
     bench.run()
     if options.out:
-        options.out.write_text(bench.document())
+        kept = options.out.read_text() if options.add and options.out.exists() else ""
+        options.out.write_text(bench.document(kept))
     return 0
 
 

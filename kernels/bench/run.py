@@ -1,6 +1,7 @@
 """The run: checks that must hold, then one table row a shape and contender."""
 
 import argparse
+import re
 import time
 from typing import NamedTuple
 
@@ -118,8 +119,8 @@ class Bench:
             f"| {row.saved / 1e6:.0f} | {row.error:.1e} |"
         )
 
-    def document(self) -> str:
-        """Return the page."""
+    def document(self, kept: str = "") -> str:
+        """Return the page, with the rows and sections of a page before that are not made anew."""
         head = (
             f"# Kernels on a GPU\n\n<!-- Written by `python kernels/bench`: do not edit. -->\n\n"
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
@@ -132,6 +133,17 @@ class Bench:
             "| of cuBLAS | saved MB | error |\n"
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         )
-        notes = "".join(f"\n- {note}" for note in self.notes)
-        rows = "".join(f"{self.line(row)}\n" for row in self.rows)
-        return head + rows + (notes and f"{notes}\n") + self.neurons
+        rows = [self.line(row) for row in self.rows]
+        made = {(row.shape.name, row.name) for row in self.rows}
+        names = "|".join(re.escape(shape.name) for shape in SHAPES)
+        for line in re.findall(rf"^\| (?:{names}) \|.*$", kept, re.MULTILINE):
+            if tuple(line.strip("| ").split(" | ")[:2]) not in made:
+                rows.append(line)
+        order = [shape.name for shape in SHAPES]
+        rows.sort(key=lambda line: order.index(line.strip("| ").split(" | ")[0]))
+        notes = self.notes + [
+            note for note in re.findall(r"^- (.*)$", kept, re.MULTILINE) if note not in self.notes
+        ]
+        neurons = self.neurons or "".join(re.findall(r"\n## .*", kept, re.DOTALL))
+        listed = "".join(f"\n- {note}" for note in notes)
+        return head + "\n".join(rows) + "\n" + (listed and f"{listed}\n") + neurons
