@@ -282,6 +282,53 @@ def _load(
 
 
 @jit
+def _product(
+    rings,
+    barriers,
+    dim,
+    stage,
+    phase,
+    layout: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return (64, 256) sums, of which the last product still runs, and the stage after it."""
+    a_ring, w_ring = rings
+    filled, freed = barriers
+    acc = gl.zeros((64, 256), gl.float32, layout=layout)
+    for k in range(0, dim, 64):
+        mbarrier.wait(filled.index(stage), phase)
+        if GATHER:
+            # Rows were written by ordinary copies, and tensor cores read shared memory through the
+            # asynchronous proxy. The barrier orders the copies before this thread, the fence orders
+            # them before what it has the tensor cores read.
+            fence_async_shared()
+        w = w_ring.index(stage)
+        if TRANSPOSED:
+            w = w.permute((1, 0))
+        acc = warpgroup_mma(a_ring.index(GROUPS * stage + GROUP), w, acc, is_async=True)
+        # All but this product are done, so that the stage before is free.
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(freed.index(_before(stage, STAGES)), pred=k > 0)
+        stage, phase = _next(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@jit
+def _skip(barriers, dim, stage, phase, STAGES: tl.constexpr):
+    """Free the stages of a tile as they come; return the stage after them."""
+    filled, freed = barriers
+    for _ in range(0, dim, 64):
+        mbarrier.wait(filled.index(stage), phase)
+        mbarrier.arrive(freed.index(stage))
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@jit
 def _put(tile, staging, out, out_rows, row, end, col, width, PENDING: tl.constexpr):
     """Store (64, 128) numbers through shared memory; rows from `end` on are not written."""
     TMA: gl.constexpr = out_rows is not None
@@ -320,7 +367,6 @@ def _multiply(
     """Multiply 64 rows of each tile, and store them."""
     weights, z, a, z_rows, a_rows, staging = stored
     _, num_m, _, size_h, dim = sizes
-    a_ring, w_ring = rings
     filled, freed = barriers
     total = num_m * (size_h // 256)
     gap = size_h // 2 if GATED else 128
@@ -343,22 +389,9 @@ def _multiply(
     for tile in range(gl.program_id(0), total, programs):
         top = row + 64 * GROUP
         if top < end:
-            acc = gl.zeros((64, 256), gl.float32, layout=wide)
-            for k in range(0, dim, 64):
-                mbarrier.wait(filled.index(stage), phase)
-                if GATHER:
-                    # Rows were written by ordinary copies, and tensor cores read shared memory
-                    # through the asynchronous proxy. The barrier orders the copies before this
-                    # thread, the fence orders them before what it has the tensor cores read.
-                    fence_async_shared()
-                w = w_ring.index(stage)
-                if TRANSPOSED:
-                    w = w.permute((1, 0))
-                acc = warpgroup_mma(a_ring.index(GROUPS * stage + GROUP), w, acc, is_async=True)
-                # All but this product are done, so that the stage before is free.
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(freed.index(_before(stage, STAGES)), pred=k > 0)
-                stage, phase = _next(stage, phase, STAGES)
+            acc, stage, phase = _product(
+                rings, barriers, dim, stage, phase, wide, GATHER, TRANSPOSED, GROUPS, GROUP, STAGES
+            )
             # These come while the last product runs; any earlier, the fences above would wait.
             rows = top + offsets_m
             if GATED:
@@ -385,12 +418,9 @@ def _multiply(
                 last = second
             _put(right, staging.index(last), z, z_rows, top, end, col + gap, size_h, STAGING - 1)
         else:
-            # A short tile has no rows here: its stages are freed as they come.
+            # A short tile has no rows here.
             _, row_next, end_next, n_next = _find(tile + programs, sizes, GROUP_M)
-            for _ in range(0, dim, 64):
-                mbarrier.wait(filled.index(stage), phase)
-                mbarrier.arrive(freed.index(stage))
-                stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _skip(barriers, dim, stage, phase, STAGES)
         row, end, n = row_next, end_next, n_next
     if z_rows is not None:
         tma.store_wait(0)
