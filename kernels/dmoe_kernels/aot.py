@@ -61,15 +61,20 @@ class Evidence(NamedTuple):
             return f"spills: {self.spilled} loads and stores"
         if self.case.multiplies and not self.tensor_core:
             return f"no {TENSOR_CORE[self.target]}"
-        if self.case.constexprs.get("TMA") and not self.by_tma:
+        if (self.case.gluon or self.case.constexprs.get("TMA")) and not self.by_tma:
             return "does not load by TMA"
         return None
 
 
 def compile_case(case: Case, target: str) -> Evidence:
     """Compile for a target and read registers, spills, shared memory and instructions."""
+    source = ASTSource
+    if case.gluon:
+        from triton.experimental.gluon import _runtime
+
+        source = _runtime.GluonASTSource
     compiled = triton.compile(
-        ASTSource(case.kernel, case.signature(), case.constants(), case.attributes()),
+        source(case.kernel, case.signature(), case.constants(), case.attributes()),
         target=TARGETS[target],
         options={"num_warps": case.warps, "num_stages": case.stages},
     )

@@ -11,6 +11,8 @@ from dmoe_kernels import (
     capacity,
     combine,
     dz,
+    gluon_dz,
+    gluon_up,
     grouped_gemm,
     mean_mask,
     routing,
@@ -20,6 +22,7 @@ from dmoe_kernels import (
     wire,
 )
 from dmoe_kernels.configs import Config, candidates, scaled_k
+from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 
 # Shared memory a program may use, and whether products read both sides from it.
 _LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
@@ -41,6 +44,8 @@ class Case:
     block: str
     multiplies: bool = True
     """Whether tensor cores must be used."""
+    gluon: bool = False
+    """Whether it is written in Gluon."""
 
     def signature(self) -> dict[str, str]:
         """Return the type of each argument."""
@@ -64,7 +69,9 @@ class Case:
         if name in self.constexprs:
             return "constexpr"
         if pointed := self.pointers.get(name):
-            return f"tensordesc<{pointed}>" if "[" in pointed else f"*{pointed}"
+            if "[" not in pointed:
+                return f"*{pointed}"
+            return f"tensordesc<{pointed}{_layout(pointed) if self.gluon else ''}>"
         return "fp32" if name in ("scale", "factor", "quantile") else "i32"
 
 
@@ -74,7 +81,10 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     for name, form, kernel, pointers, constants in _products():
         fitting = candidates(name, 2, shared_memory, wgmma=wgmma)
         for config in fitting[:1] if first_only else fitting:
-            yield _product(name, form, kernel, pointers, constants, config)
+            if not config.gluon:
+                yield _product(name, form, kernel, pointers, constants, config)
+            elif HAS_GLUON and (name, form) in _GLUON:
+                yield _in_gluon(name, form, config)
     for name, form, kernel, pointers, constants, warps in _others():
         block = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK"))
         yield Case(name, form, kernel, pointers, constants, warps, 1, block, multiplies=False)
@@ -116,6 +126,55 @@ def _product(
         config.warps,
         config.stages,
         f"{block_m}x{block_n}x{block_k}",
+    )
+
+
+def _layout(block: str) -> str:
+    """Return how Gluon lays a block of bfloat16 out in shared memory."""
+    shape = [int(size) for size in block[block.index("[") + 1 : -1].split(",")]
+    return f",{gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)!r}"
+
+
+_GATED = {"x": "bf16", "w_rows": "bf16[128,64]", "index": "i64", "weights": "fp32"}
+_GLUON: dict[tuple[str, str], dict[str, str | bool]] = {
+    ("up", "swiglu"): _GATED | {"a": "bf16", "a_rows": "bf16[64,128]", "TRANSPOSED": True},
+    ("gemm", "down"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[128,64]", "TRANSPOSED": True},
+    ("gemm", "dx"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[64,256]", "TRANSPOSED": False},
+    ("dz", "swiglu"): {"w_rows": "bf16[64,256]"},
+}
+
+
+def _in_gluon(name: str, form: str, config: Config) -> Case:
+    given = _GLUON[name, form]
+    pointers = {key: value for key, value in given.items() if isinstance(value, str)}
+    constants = {key: value for key, value in given.items() if isinstance(value, bool)}
+    constants |= {"STAGES": config.stages, "GROUP_M": config.group_m}
+    if name == "dz":
+        kernel = gluon_dz.dz_kernel
+        pointers |= dict.fromkeys(("dy", "z", "dz_", "a"), "bf16") | _TILES
+        pointers |= {"weights": "fp32", "parts": "fp32"}
+        for registers in ("LOAD_REGISTERS", "FINISH_REGISTERS", "MULTIPLY_REGISTERS"):
+            constants[registers] = getattr(gluon_dz, registers)
+    else:
+        kernel = gluon_up.forward_kernel
+        pointers |= {"z": "bf16", "z_rows": "bf16[64,128]", "table": "i32", "offsets": "i32"}
+        load_warps = 4 if name == "up" else 1
+        split = register_split(2, load_warps, gluon_up.LOAD_REGISTERS)
+        constants |= {"LOAD_WARPS": load_warps, "LOAD_REGISTERS": gluon_up.LOAD_REGISTERS}
+        constants |= {"MULTIPLY_REGISTERS": split}
+        absent = {"x", "x_rows", "index", "weights", "a", "a_rows"} - pointers.keys()
+        constants |= dict.fromkeys(absent)
+    block = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return Case(
+        name,
+        f"{form}, Gluon",
+        kernel,
+        pointers,
+        constants,
+        config.warps,
+        config.stages,
+        block,
+        gluon=True,
     )
 
 

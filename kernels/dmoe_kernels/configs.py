@@ -34,6 +34,8 @@ class Config(NamedTuple):
     """Tiles of rows that share a block of weights in the L2 cache."""
     tma: bool = False
     """Load by TMA what lies in order (sm_90): the matrices, and rows that are not gathered."""
+    gluon: bool = False
+    """Take the form in Gluon (sm_90, Triton 3.6), with warps that load and warps that multiply."""
 
 
 # The first of a kernel that fits is taken where nothing was tuned: on sm_90 what was best on an
@@ -42,6 +44,7 @@ CANDIDATES = {
     "up": [
         Config(128, 256, 64, 8, 3, 8, tma=True),
         Config(128, 256, 64, 8, 3, 16, tma=True),
+        Config(128, 256, 64, 4, 4, 16, gluon=True),
         Config(128, 256, 64, 8, 3, 8),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
@@ -53,6 +56,7 @@ CANDIDATES = {
         Config(128, 256, 64, 8, 3, 8, tma=True),
         Config(128, 256, 64, 8, 3, 16, tma=True),
         Config(128, 128, 64, 8, 4, 8, tma=True),
+        Config(128, 256, 64, 4, 4, 16, gluon=True),
         Config(128, 256, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
@@ -63,6 +67,7 @@ CANDIDATES = {
     ],
     "dz": [
         Config(128, 128, 64, 8, 4),
+        Config(128, 256, 64, 4, 3, 16, gluon=True),
         Config(128, 64, 64, 8, 4),
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 64, 8, 2),
@@ -109,7 +114,13 @@ def scaled_k(config: Config, itemsize: int) -> int:
 
 
 def candidates(
-    kernel: str, itemsize: int, shared_memory: int, *, wgmma: bool, tma: bool = True
+    kernel: str,
+    itemsize: int,
+    shared_memory: int,
+    *,
+    wgmma: bool,
+    tma: bool = True,
+    gluon: bool = True,
 ) -> list[Config]:
     """Return the configs of a kernel that fit.
 
@@ -121,6 +132,7 @@ def candidates(
             elsewhere a program that holds more than 2048 numbers a warp, 128 x 128 for 8 of them,
             spills.
         tma: whether TMA can read what it would have to.
+        gluon: whether the form in Gluon can work on the tensors.
     """
     fitting = [
         config
@@ -128,6 +140,7 @@ def candidates(
         if bytes_needed(config, itemsize) <= shared_memory
         and (wgmma or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))
+        and (not config.gluon or (wgmma and gluon))
     ]
     assert fitting, f"no config of {kernel} fits {shared_memory} bytes"
     return fitting
@@ -144,6 +157,7 @@ def choose(
     device: torch.device,
     *,
     tma: bool = False,
+    gluon: bool = False,
 ) -> Config:
     """Return the config for a kernel on a device.
 
@@ -154,13 +168,14 @@ def choose(
             to a power of 2.
         device: where it runs.
         tma: whether TMA can read what it would have to.
+        gluon: whether the form in Gluon can work on the tensors.
     """
     if INTERPRET.value:
         return _INTERPRETED
     tuned = _tuned(device).get(_key(kernel, dtype, shape))
-    if tuned and (tma or not Config(*tuned).tma):
+    if tuned and (tma or not Config(*tuned).tma) and (gluon or not Config(*tuned).gluon):
         return Config(*tuned)
-    return _candidates_of(kernel, dtype, device, tma)[0]
+    return _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)[0]
 
 
 def tune(
@@ -177,7 +192,7 @@ def tune(
         measure: returns the time of a config; one that raises is passed over.
     """
     times = {}
-    for config in _candidates_of(kernel, dtype, device, tma=True):
+    for config in _candidates_of(kernel, dtype, device, tma=True, gluon=True):
         try:
             times[config] = measure(config)
         except (RuntimeError, triton.runtime.errors.OutOfResources):
@@ -205,10 +220,10 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
 
 
 def _candidates_of(
-    kernel: str, dtype: torch.dtype, device: torch.device, tma: bool
+    kernel: str, dtype: torch.dtype, device: torch.device, *, tma: bool, gluon: bool
 ) -> list[Config]:
     shared_memory, wgmma = _limits(device)
-    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, tma=tma)
+    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, tma=tma, gluon=gluon)
 
 
 @functools.cache

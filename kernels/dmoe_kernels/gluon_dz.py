@@ -13,20 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels.common import num_programs
-from dmoe_kernels.gluon_up import (
-    TensorDescriptor,
-    _before,
-    _check,
-    _find,
-    _load,
-    _product,
-    _skip,
-    gl,
-    jit,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from dmoe_kernels.configs import Config
+from dmoe_kernels.gluon_common import gl, gluon, jit, stage_before
+from dmoe_kernels.gluon_up import BLOCK_M, check_widths, find_tile, load_tiles, product, skip_tile
 from dmoe_kernels.tiles import Tiles, tile_rows
+
+if gluon:
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 STAGES = 3
 LOAD_REGISTERS, FINISH_REGISTERS, MULTIPLY_REGISTERS = 56, 136, 160  # of 4 x 128
@@ -39,27 +33,25 @@ def dz(
     weights_R: Tensor,
     counts_E: Tensor,
     w_down_EDF: Tensor,
-    activation: str = "swiglu",
+    config: Config,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz_RH, a_RF = s act(z), and the gates' gradients, as `dz.dz` does.
+    """Return dz_RH, a_RF = s act(z), and the gates' gradients, as `dz.dz` does for "swiglu".
 
     dY W_down is rounded to the rows' dtype before the activation's backward.
 
     Raises:
-        RuntimeError: the kernel is not for this device, activation, dtype or shape.
+        RuntimeError: the kernel is not for this device, dtype or shape.
     """
-    if activation != "swiglu":
-        raise RuntimeError(f"this kernel is of swiglu, not of {activation}")
-    _check(dy_ND, w_down_EDF, transposed=False)
+    check_widths(dy_ND, w_down_EDF, transposed=False)
     (num_experts, dim, ffn_dim), num_rows = w_down_EDF.shape, len(index_R)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)
     # Each tile of columns has a part of a gate's gradient. Rows in no tile keep zero.
     parts = weights_R.new_zeros(ffn_dim // 256, num_rows)
     if not num_rows:
         return dz_RH, a_RF, parts.sum(0)
-    if tiles is None or tiles.block_m != 128:
-        tiles = tile_rows(counts_E, num_rows, 128)
+    if tiles is None or tiles.block_m != BLOCK_M:
+        tiles = tile_rows(counts_E, num_rows, BLOCK_M)
     bound = tiles.table_3M.shape[1]
     dtype = gl.bfloat16 if dy_ND.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([64, 256], dtype)
@@ -80,7 +72,7 @@ def dz(
         ffn_dim,
         dim,
         STAGES=STAGES,
-        GROUP_M=16,
+        GROUP_M=config.group_m,
         LOAD_REGISTERS=LOAD_REGISTERS,
         FINISH_REGISTERS=FINISH_REGISTERS,
         MULTIPLY_REGISTERS=MULTIPLY_REGISTERS,
@@ -109,21 +101,21 @@ def _multiply(
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     programs = gl.num_programs(0)
-    _, row, end, _ = _find(gl.program_id(0), sizes, GROUP_M)
+    _, row, end, _ = find_tile(gl.program_id(0), sizes, GROUP_M)
     for tile in range(gl.program_id(0), num_m * (ffn_dim // 256), programs):
-        _, row_next, end_next, _ = _find(tile + programs, sizes, GROUP_M)
+        _, row_next, end_next, _ = find_tile(tile + programs, sizes, GROUP_M)
         if row + 64 * GROUP < end:
-            acc, stage, phase = _product(
-                rings, barriers, dim, stage, phase, wide, True, False, 2, GROUP, STAGES
+            acc, stage, phase = product(
+                rings, barriers, dim, stage, phase, wide, True, False, GROUP, STAGES
             )
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(freed.index(_before(stage, STAGES)))
+            mbarrier.arrive(freed.index(stage_before(stage, STAGES)))
             mbarrier.wait(taken.index(GROUP), turn ^ 1)
             _leave(acc, products, 8 * GROUP, 256)
             mbarrier.arrive(ready.index(GROUP))
             turn = turn ^ 1
         else:
-            stage, phase = _skip(barriers, dim, stage, phase, STAGES)
+            stage, phase = skip_tile(barriers, dim, stage, phase, STAGES)
         row, end = row_next, end_next
 
 
@@ -167,7 +159,7 @@ def _finish(tensors, sizes, left, num_rows, GROUP_M: tl.constexpr):
     turn_0 = gl.to_tensor(0)
     turn_1 = gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * (ffn_dim // 256), gl.num_programs(0)):
-        _, row, end, n = _find(tile, sizes, GROUP_M)
+        _, row, end, n = find_tile(tile, sizes, GROUP_M)
         both = row + 64 < end
         part = gl.zeros((64,), gl.float32, layout=gl.SliceLayout(1, layout))
         gate_next, up_next = _read(z, 0, row, end, n, ffn_dim, local, offsets_m)
@@ -240,9 +232,7 @@ def dz_kernel(
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], rows)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], rows)
-    products = gl.allocate_shared_memory(
-        dtype, [16, 64, 32], gl.NVMMASharedLayout(64, 16)
-    )
+    products = gl.allocate_shared_memory(dtype, [16, 64, 32], gl.NVMMASharedLayout(64, 16))
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -267,7 +257,7 @@ def dz_kernel(
             (_multiply, (sizes, rings, barriers, left, 0, STAGES, GROUP_M)),
             (_multiply, (sizes, rings, barriers, left, 1, STAGES, GROUP_M)),
             (_finish, (tensors, sizes, left, num_rows, GROUP_M)),
-            (_load, (sources, sizes, rings, barriers, True, False, False, 2, STAGES, GROUP_M, 4)),
+            (load_tiles, (sources, sizes, rings, barriers, True, False, False, STAGES, GROUP_M, 4)),
         ],
         [4, 4, 4],
         [MULTIPLY_REGISTERS, FINISH_REGISTERS, LOAD_REGISTERS],

@@ -1,31 +1,38 @@
 """The experts' forward products for sm_90 in Gluon: warps that load, and warps that multiply.
 
-One program a multiprocessor takes tile after tile of 128 or 192 rows. One warpgroup loads: rows of
+One program a multiprocessor takes tile after tile of 128 rows. One warpgroup loads: rows of
 x through the index, by asynchronous copies (TMA cannot gather on sm_90), the weights by TMA, into a
-ring of stages. Two or three warpgroups multiply, 64 rows each and 256 columns: for `up` 128 gate
+ring of stages. Two warpgroups multiply, 64 rows each and 256 columns: for `up` 128 gate
 columns and the 128 up columns that belong to them, so that one accumulator holds both halves of
 SwiGLU.
 
-Each warpgroup frees a stage on its own, and starts later than the one before. So while one of them
-stores its results, the others multiply, and the stages of the next tile are loaded.
+Each warpgroup frees a stage on its own. While results are stored, by TMA too, the stages of the
+next tile are loaded.
 
 Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else the
 columns of the product.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels.common import num_programs
+from dmoe_kernels.configs import Config
+from dmoe_kernels.gluon_common import (
+    check_suited,
+    gl,
+    gluon,
+    jit,
+    next_stage,
+    register_split,
+    stage_before,
+)
 from dmoe_kernels.tiles import Tiles, tile_rows
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
+if gluon:
     from triton.experimental.gluon.language.nvidia.hopper import (
         async_copy,
         fence_async_shared,
@@ -36,33 +43,12 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    jit = gluon.jit
-except ImportError:  # a Triton without Gluon; `up` then says so
-    gluon = None
 
-    def jit(function: Any = None, **_: Any) -> Any:
-        """Leave the kernels below as they are; nothing can call them."""
-        return function or jit
-
-
-class Form(NamedTuple):
-    """How the kernel is built; none of it changes the results."""
-
-    groups: int = 2
-    """Warpgroups that multiply, 64 rows each."""
-    stages: int = 4
-    """Of the ring; one takes 32 KiB and 8 KiB a group."""
-    staging: int = 1
-    """Buffers of 16 KiB in which each multiplying warpgroup collects what it stores."""
-    tma_store: bool = True
-    """Whether tiles that are full are stored by TMA; tails are stored by pointers."""
-    lag: int = 2
-    """Stages by which each warpgroup starts later than the one before."""
-    group_m: int = 16
-    """Rows of tiles that share a block of weights in L2."""
-    load_warps: int = 4
-    load_registers: int = 56
-    """Of a thread that loads; those that multiply share the rest."""
+BLOCK_M = 128
+STAGES = 4
+"""Of the ring; one takes 48 KiB."""
+LOAD_REGISTERS = 56
+"""Of a thread that loads; those that multiply share the rest."""
 
 
 def up(
@@ -71,59 +57,51 @@ def up(
     weights_R: Tensor,
     counts_E: Tensor,
     w_up_EHD: Tensor,
-    activation: str = "swiglu",
-    form: Form | None = None,
+    config: Config,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return z_RH = W_up x of each routed row, and a_RF = s act(z), as `up.up` does.
-
-    Raises:
-        RuntimeError: the kernel is not for this device, activation, dtype or shape.
-    """
-    if activation != "swiglu":
-        raise RuntimeError(f"this kernel computes swiglu, not {activation}")
-    _check(x_ND, w_up_EHD)
-    form = form or Form()
-    num_rows, (_, size_h, _) = len(index_R), w_up_EHD.shape
-    z_RH, a_RF = x_ND.new_empty(num_rows, size_h), x_ND.new_empty(num_rows, size_h // 2)
-    tiles = tile_rows(counts_E, num_rows, 64 * form.groups)
-    _launch(x_ND, index_R, weights_R, w_up_EHD, z_RH, a_RF, tiles, form)
-    return z_RH, a_RF
-
-
-def gemm(
-    a_RK: Tensor,
-    w: Tensor,
-    counts_E: Tensor,
-    *,
-    transposed: bool,
-    form: Form | None = None,
-) -> Tensor:
-    """Return (R, N), each expert's rows times its matrix, as `grouped_gemm.grouped_gemm` does.
+    """Return z_RH = W_up x of each routed row, and a_RF = s act(z), as `up.up` does for "swiglu".
 
     Raises:
         RuntimeError: the kernel is not for this device, dtype or shape.
     """
-    _check(a_RK, w, transposed=transposed)
-    y_RN = a_RK.new_empty(len(a_RK), w.shape[1] if transposed else w.shape[2])
-    form = form or Form(load_warps=1)
-    tiles = tile_rows(counts_E, len(a_RK), 64 * form.groups)
-    _launch(a_RK, None, None, w, y_RN, None, tiles, form, transposed=transposed)
-    return y_RN
+    check_widths(x_ND, w_up_EHD)
+    num_rows, size_h = len(index_R), w_up_EHD.shape[1]
+    z_RH, a_RF = x_ND.new_empty(num_rows, size_h), x_ND.new_empty(num_rows, size_h // 2)
+    if tiles is None or tiles.block_m != BLOCK_M:
+        tiles = tile_rows(counts_E, num_rows, BLOCK_M)
+    _launch(x_ND, index_R, weights_R, w_up_EHD, z_RH, a_RF, tiles, config, transposed=True)
+    return z_RH, a_RF
 
 
-def _check(x: Tensor, w: Tensor, *, transposed: bool = True) -> None:
-    """Raise RuntimeError where the kernel cannot multiply these."""
+def gemm(
+    a_RK: Tensor, w: Tensor, y_RN: Tensor, tiles: Tiles, *, transposed: bool, config: Config
+) -> None:
+    """Write each expert's rows times its matrix to `y_RN`, as `grouped_gemm` does.
+
+    Raises:
+        RuntimeError: the kernel is not for this device, dtype or shape.
+    """
+    check_widths(a_RK, w, transposed=transposed)
+    assert tiles.block_m == BLOCK_M
+    _launch(a_RK, None, None, w, y_RN, None, tiles, config, transposed=transposed)
+
+
+def check_widths(x: Tensor, w: Tensor, *, transposed: bool = True) -> None:
+    """Raise RuntimeError where the kernels cannot multiply these."""
+    check_suited(x, w)
     size_h, dim = w.shape[1:] if transposed else w.shape[:0:-1]
-    if gluon is None or not hasattr(async_copy, "async_copy_global_to_shared"):
-        raise RuntimeError(f"Triton {triton.__version__} has no Gluon of the kind of 3.6")
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
-        raise RuntimeError("this kernel is for sm_90 alone")
-    if x.dtype not in (torch.bfloat16, torch.float16) or w.dtype != x.dtype:
-        raise RuntimeError(f"this kernel multiplies bfloat16 or float16, not {x.dtype}, {w.dtype}")
     if dim % 64 or size_h % 256:
         raise RuntimeError(f"{dim} is no multiple of 64, or {size_h} none of 256")
-    if not (x.is_contiguous() and w.is_contiguous()) or x.data_ptr() % 16 or w.data_ptr() % 16:
-        raise RuntimeError("rows and weights must be contiguous and begin at 16 bytes")
+
+
+def suits_gluon(x: Tensor, w: Tensor, *, transposed: bool = True) -> bool:
+    """Say whether the kernels can multiply these."""
+    try:
+        check_widths(x, w, transposed=transposed)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _launch(
@@ -134,23 +112,20 @@ def _launch(
     z: Tensor,
     a: Tensor | None,
     tiles: Tiles,
-    form: Form,
+    config: Config,
     *,
-    transposed: bool = True,
+    transposed: bool,
 ) -> None:
     if not len(z):
         return
     size_h, dim = z.shape[1], x.shape[1]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
 
-    warpgroups = form.groups + (form.load_warps + 3) // 4
-    registers = 65536 // (128 * warpgroups) // 8 * 8 * warpgroups
-    registers -= form.load_registers * (warpgroups - form.groups)
-
     def rows(of: Tensor | None, block: list[int]) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
         return None if of is None else TensorDescriptor.from_tensor(of, block, layout)
 
+    load_warps = 4 if index is not None else 1
     forward_kernel[(num_programs(x.device, tiles.table_3M.shape[1] * (size_h // 256)),)](
         x if index is not None else None,
         rows(x if index is None else None, [64, 64]),
@@ -159,8 +134,8 @@ def _launch(
         weights,
         z,
         a,
-        rows(z if form.tma_store else None, [64, 128]),
-        rows(a if form.tma_store else None, [64, 128]),
+        rows(z, [64, 128]),
+        rows(a, [64, 128]),
         tiles.table_3M,
         tiles.offsets,
         len(w),
@@ -168,20 +143,17 @@ def _launch(
         size_h,
         dim,
         TRANSPOSED=transposed,
-        GROUPS=form.groups,
-        STAGES=form.stages,
-        STAGING=form.staging,
-        LAG=form.lag,
-        GROUP_M=form.group_m,
-        LOAD_WARPS=form.load_warps,
-        LOAD_REGISTERS=form.load_registers,
-        MULTIPLY_REGISTERS=registers // form.groups // 8 * 8,
+        STAGES=STAGES,
+        GROUP_M=config.group_m,
+        LOAD_WARPS=load_warps,
+        LOAD_REGISTERS=LOAD_REGISTERS,
+        MULTIPLY_REGISTERS=register_split(2, load_warps, LOAD_REGISTERS),
         num_warps=4,
     )
 
 
 @jit
-def _find(tile, sizes, GROUP_M: tl.constexpr):
+def find_tile(tile, sizes, GROUP_M: tl.constexpr):
     """Return expert, first row, end and n of a tile; zeros past the last one.
 
     GROUP_M rows of tiles share a block of weights in L2.
@@ -201,20 +173,7 @@ def _find(tile, sizes, GROUP_M: tl.constexpr):
 
 
 @jit
-def _next(stage, phase, STAGES: tl.constexpr):
-    """Return the stage after this one, and its phase."""
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@jit
-def _before(stage, STAGES: tl.constexpr):
-    """Return the stage before this one."""
-    return gl.where(stage == 0, STAGES - 1, stage - 1)
-
-
-@jit
-def _load(
+def load_tiles(
     sources,
     sizes,
     rings,
@@ -222,7 +181,6 @@ def _load(
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     GROUP_M: tl.constexpr,
     LOAD_WARPS: tl.constexpr,
@@ -240,23 +198,23 @@ def _load(
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     programs = gl.num_programs(0)
-    expert, row, end, n = _find(gl.program_id(0), sizes, GROUP_M)
+    expert, row, end, n = find_tile(gl.program_id(0), sizes, GROUP_M)
     for tile in range(gl.program_id(0), num_m * (size_h // 256), programs):
         col = n * (128 if GATED else 256)
         # Where the next tile lies is on its way while this one is loaded.
-        expert_next, row_next, end_next, n_next = _find(tile + programs, sizes, GROUP_M)
+        expert_next, row_next, end_next, n_next = find_tile(tile + programs, sizes, GROUP_M)
         for k in range(0, dim, 64):
             gathered = ()
             if GATHER:
                 # They are read again for each stage, from the L1 cache: registers are scarce.
-                for group in gl.static_range(GROUPS):
+                for group in gl.static_range(2):
                     rows = row + 64 * group + offsets_m
                     # Rows past the end repeat a good one; they are not stored.
                     rows = gl.where(rows < end, rows, row)
                     gathered += (gl.load(index + rows).to(gl.int32),)
             mbarrier.wait(freed.index(stage), phase ^ 1)
             full = filled.index(stage)
-            mbarrier.expect(full, 32768 if GATHER else 32768 + 8192 * GROUPS)
+            mbarrier.expect(full, 32768 if GATHER else 32768 + 16384)
             if TRANSPOSED:
                 first = expert * size_h + col
                 tma.async_copy_global_to_shared(w_rows, [first, k], full, w_ring.index(2 * stage))
@@ -266,8 +224,8 @@ def _load(
             else:
                 first = expert * dim + k
                 tma.async_copy_global_to_shared(w_rows, [first, col], full, w_ring.index(stage))
-            for group in gl.static_range(GROUPS):
-                buffer = a_ring.index(GROUPS * stage + group)
+            for group in gl.static_range(2):
+                buffer = a_ring.index(2 * stage + group)
                 if GATHER:
                     source = gathered[group].to(gl.int64)
                     x_ptrs = x + source[:, None] * dim + (k + offsets_k)[None, :]
@@ -277,12 +235,12 @@ def _load(
             if GATHER:
                 # Each thread arrives once its copies have come: the barrier counts them all.
                 async_copy.mbarrier_arrive(full, increment_count=False)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         expert, row, end, n = expert_next, row_next, end_next, n_next
 
 
 @jit
-def _product(
+def product(
     rings,
     barriers,
     dim,
@@ -291,7 +249,6 @@ def _product(
     layout: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -309,39 +266,35 @@ def _product(
         w = w_ring.index(stage)
         if TRANSPOSED:
             w = w.permute((1, 0))
-        acc = warpgroup_mma(a_ring.index(GROUPS * stage + GROUP), w, acc, is_async=True)
+        acc = warpgroup_mma(a_ring.index(2 * stage + GROUP), w, acc, is_async=True)
         # All but this product are done, so that the stage before is free.
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(freed.index(_before(stage, STAGES)), pred=k > 0)
-        stage, phase = _next(stage, phase, STAGES)
+        mbarrier.arrive(freed.index(stage_before(stage, STAGES)), pred=k > 0)
+        stage, phase = next_stage(stage, phase, STAGES)
     return acc, stage, phase
 
 
 @jit
-def _skip(barriers, dim, stage, phase, STAGES: tl.constexpr):
+def skip_tile(barriers, dim, stage, phase, STAGES: tl.constexpr):
     """Free the stages of a tile as they come; return the stage after them."""
     filled, freed = barriers
     for _ in range(0, dim, 64):
         mbarrier.wait(filled.index(stage), phase)
         mbarrier.arrive(freed.index(stage))
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
 
 @jit
-def _put(tile, staging, out, out_rows, row, end, col, width, PENDING: tl.constexpr):
+def _put(tile, staging, out, out_rows, row, end, col, width):
     """Store (64, 128) numbers through shared memory; rows from `end` on are not written."""
-    TMA: gl.constexpr = out_rows is not None
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    if TMA:
-        tma.store_wait(PENDING)
+    tma.store_wait(0)
     staging.store(tile)
-    whole = row + 64 <= end
-    if TMA:  # noqa: SIM102 - decided by the compiler, the other one by the kernel
-        if whole:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_rows, [row, col], staging)
-    if (not TMA) or (not whole):
+    if row + 64 <= end:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_rows, [row, col], staging)
+    else:
         rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         cols = col + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
         ptrs = out + rows.to(gl.int64)[:, None] * width + cols[None, :]
@@ -357,73 +310,56 @@ def _multiply(
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    LAG: tl.constexpr,
     STAGES: tl.constexpr,
-    STAGING: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """Multiply 64 rows of each tile, and store them."""
     weights, z, a, z_rows, a_rows, staging = stored
+    staging = staging.index(GROUP)
     _, num_m, _, size_h, dim = sizes
-    filled, freed = barriers
+    freed = barriers[1]
     total = num_m * (size_h // 256)
     gap = size_h // 2 if GATED else 128
     dtype: gl.constexpr = z.dtype.element_ty
-    # Three warpgroups have 160 registers a thread, too few for one instruction of 256 columns.
-    columns: gl.constexpr = 256 if GROUPS == 2 else 128
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     offsets_m = gl.arange(0, 64, layout=gl.SliceLayout(1, narrow))
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     programs = gl.num_programs(0)
-    _, row, end, n = _find(gl.program_id(0), sizes, GROUP_M)
-    if GROUP > 0:
-        # The lead that the warpgroup before has now, it keeps: while one of them stores, the
-        # others multiply.
-        behind: gl.constexpr = min(GROUP * LAG, STAGES - 1)
-        waits = (gl.program_id(0) < total) & (dim > 64 * behind)
-        mbarrier.wait(filled.index(behind), 0, pred=waits)
+    _, row, end, n = find_tile(gl.program_id(0), sizes, GROUP_M)
     for tile in range(gl.program_id(0), total, programs):
         top = row + 64 * GROUP
         if top < end:
-            acc, stage, phase = _product(
-                rings, barriers, dim, stage, phase, wide, GATHER, TRANSPOSED, GROUPS, GROUP, STAGES
+            acc, stage, phase = product(
+                rings, barriers, dim, stage, phase, wide, GATHER, TRANSPOSED, GROUP, STAGES
             )
             # These come while the last product runs; any earlier, the fences above would wait.
             rows = top + offsets_m
             if GATED:
                 weight = gl.load(weights + rows, mask=rows < end, other=0.0).to(gl.float32)
-            _, row_next, end_next, n_next = _find(tile + programs, sizes, GROUP_M)
+            _, row_next, end_next, n_next = find_tile(tile + programs, sizes, GROUP_M)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(freed.index(_before(stage, STAGES)))
+            mbarrier.arrive(freed.index(stage_before(stage, STAGES)))
             left, right = acc.reshape((64, 2, 128)).permute((0, 2, 1)).split()
             left = gl.convert_layout(left, narrow, assert_trivial=True).to(dtype)
             right = gl.convert_layout(right, narrow, assert_trivial=True).to(dtype)
             col = n * (128 if GATED else 256)
-            first = GROUP * STAGING
-            second = first + 1 % STAGING
-            _put(left, staging.index(first), z, z_rows, top, end, col, size_h, 0)
-            last = first
+            _put(left, staging, z, z_rows, top, end, col, size_h)
             if GATED:
                 # Backward starts from the rounded numbers, so the activation does, too.
                 gate = left.to(gl.float32)
                 hidden = gate * (1 / (1 + gl.exp(-gate))) * right.to(gl.float32)
                 hidden = (hidden * weight[:, None]).to(dtype)
-                width = size_h // 2
-                _put(hidden, staging.index(second), a, a_rows, top, end, col, width, STAGING - 1)
-            else:
-                last = second
-            _put(right, staging.index(last), z, z_rows, top, end, col + gap, size_h, STAGING - 1)
+                _put(hidden, staging, a, a_rows, top, end, col, size_h // 2)
+            _put(right, staging, z, z_rows, top, end, col + gap, size_h)
         else:
             # A short tile has no rows here.
-            _, row_next, end_next, n_next = _find(tile + programs, sizes, GROUP_M)
-            stage, phase = _skip(barriers, dim, stage, phase, STAGES)
+            _, row_next, end_next, n_next = find_tile(tile + programs, sizes, GROUP_M)
+            stage, phase = skip_tile(barriers, dim, stage, phase, STAGES)
         row, end, n = row_next, end_next, n_next
-    if z_rows is not None:
-        tma.store_wait(0)
+    tma.store_wait(0)
 
 
 @jit(do_not_specialize=["num_experts", "bound"])
@@ -444,10 +380,7 @@ def forward_kernel(
     size_h,
     dim,
     TRANSPOSED: tl.constexpr,
-    GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
-    STAGING: tl.constexpr,
-    LAG: tl.constexpr,
     GROUP_M: tl.constexpr,
     LOAD_WARPS: tl.constexpr,
     LOAD_REGISTERS: tl.constexpr,
@@ -458,16 +391,16 @@ def forward_kernel(
     GATHER: gl.constexpr = x is not None
     dtype: gl.constexpr = z.dtype.element_ty
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    a_ring = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, 64, 64], rows)
+    a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], rows)
     shape: gl.constexpr = [2 * STAGES, 128, 64] if TRANSPOSED else [STAGES, 64, 256]
     w_ring = gl.allocate_shared_memory(dtype, shape, rows)
-    staging = gl.allocate_shared_memory(dtype, [GROUPS * STAGING, 64, 128], rows)
+    staging = gl.allocate_shared_memory(dtype, [2, 64, 128], rows)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         # Filled by what TMA brings, and by each thread that copies; freed by each warpgroup.
         mbarrier.init(filled.index(stage), count=1 + (32 * LOAD_WARPS if GATHER else 0))
-        mbarrier.init(freed.index(stage), count=GROUPS)
+        mbarrier.init(freed.index(stage), count=2)
     num_m = gl.load(offsets + num_experts + 1)
     w_stages = w_ring
     if TRANSPOSED:
@@ -480,32 +413,16 @@ def forward_kernel(
     filling = (a_ring, w_ring)
     read = (a_ring, w_stages)
     # fmt: off
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_multiply, (stored, sizes, read, barriers,
-                             GATHER, GATED, TRANSPOSED, 2, 0, LAG, STAGES, STAGING, GROUP_M)),
-                (_multiply, (stored, sizes, read, barriers,
-                             GATHER, GATED, TRANSPOSED, 2, 1, LAG, STAGES, STAGING, GROUP_M)),
-                (_load, (sources, sizes, filling, barriers,
-                         GATHER, GATED, TRANSPOSED, 2, STAGES, GROUP_M, LOAD_WARPS)),
-            ],
-            [4, LOAD_WARPS],
-            [MULTIPLY_REGISTERS, LOAD_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (stored, sizes, read, barriers,
-                             GATHER, GATED, TRANSPOSED, 3, 0, LAG, STAGES, STAGING, GROUP_M)),
-                (_multiply, (stored, sizes, read, barriers,
-                             GATHER, GATED, TRANSPOSED, 3, 1, LAG, STAGES, STAGING, GROUP_M)),
-                (_multiply, (stored, sizes, read, barriers,
-                             GATHER, GATED, TRANSPOSED, 3, 2, LAG, STAGES, STAGING, GROUP_M)),
-                (_load, (sources, sizes, filling, barriers,
-                         GATHER, GATED, TRANSPOSED, 3, STAGES, GROUP_M, LOAD_WARPS)),
-            ],
-            [4, 4, LOAD_WARPS],
-            [MULTIPLY_REGISTERS, MULTIPLY_REGISTERS, LOAD_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (_multiply, (stored, sizes, read, barriers,
+                         GATHER, GATED, TRANSPOSED, 0, STAGES, GROUP_M)),
+            (_multiply, (stored, sizes, read, barriers,
+                         GATHER, GATED, TRANSPOSED, 1, STAGES, GROUP_M)),
+            (load_tiles, (sources, sizes, filling, barriers,
+                          GATHER, GATED, TRANSPOSED, STAGES, GROUP_M, LOAD_WARPS)),
+        ],
+        [4, LOAD_WARPS],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
+    )
     # fmt: on

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmoe_kernels import gluon_up
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 from dmoe_kernels.tma import matrix_descriptor, rows_descriptor, suits_tma
@@ -48,14 +50,18 @@ def grouped_gemm(
     shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
     if config is None:
         tma = index_R is None and suits_tma(a_RK, w)
-        config = choose("gemm", a_RK.dtype, shape, a_RK.device, tma=tma)
+        gluon = index_R is None and suits_gluon(a_RK, w, transposed=transposed)
+        config = choose("gemm", a_RK.dtype, shape, a_RK.device, tma=tma, gluon=gluon)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)
+    assert index_R is None or not (config.tma or config.gluon), "TMA reads rows in order"
+    if config.gluon:
+        gluon_up.gemm(a_RK, w, y_RN, tiles, transposed=transposed, config=config)
+        return y_RN
     block_k = scaled_k(config, a_RK.itemsize)
     a, matrix = a_RK, w
     if config.tma:
-        assert index_R is None, "TMA reads rows that lie one after the other"
         a = rows_descriptor(a_RK, config.block_m, block_k)
         matrix = matrix_descriptor(w, config.block_n, block_k, transposed=transposed)
     most = tiles.table_3M.shape[1] * triton.cdiv(size_n, config.block_n)

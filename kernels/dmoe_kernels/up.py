@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmoe_kernels import gluon_up
 from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 from dmoe_kernels.tma import matrix_descriptor, suits_tma
@@ -30,7 +32,12 @@ def up(
     ffn_dim = size_h // parts
     if config is None:
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-        config = choose("up", x_ND.dtype, shape, x_ND.device, tma=suits_tma(w_up_EHD))
+        gluon = activation == "swiglu" and suits_gluon(x_ND, w_up_EHD)
+        tma = suits_tma(w_up_EHD)
+        config = choose("up", x_ND.dtype, shape, x_ND.device, tma=tma, gluon=gluon)
+    if config.gluon:
+        assert activation == "swiglu"
+        return gluon_up.up(x_ND, index_R, weights_R, counts_E, w_up_EHD, config, tiles)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     z_RH, a_RF = x_ND.new_empty(num_rows, size_h), x_ND.new_empty(num_rows, ffn_dim)

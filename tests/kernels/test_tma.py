@@ -24,11 +24,11 @@ def test_equals_the_products_by_address(monkeypatch, activation: str, counts: li
     inputs = make(counts, torch.float16, activation, 24, 40)
 
     def result(by_tma: bool) -> list[torch.Tensor]:
-        def choose(kernel, dtype, shape, device, *, tma=False):
+        def choose(kernel, dtype, shape, device, *, tma=False, gluon=False):
             if configs.INTERPRET.value:
                 fitting = [configs._INTERPRETED._replace(tma=value) for value in (False, True)]
             else:
-                fitting = configs._candidates_of(kernel, dtype, device, tma=True)
+                fitting = configs._candidates_of(kernel, dtype, device, tma=True, gluon=False)
             return next(c for c in fitting if c.tma == (by_tma and tma))
 
         for module in ("up", "dz", "grouped_gemm"):

@@ -1,0 +1,63 @@
+"""The forms in Gluon against those in Triton, where they run: on sm_90, with Triton 3.6."""
+
+import pytest
+import torch
+from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from test_experts import run
+
+from dmoe.ops import RowMap, expert_ffn
+
+configs = pytest.importorskip("dmoe_kernels.configs")
+common = pytest.importorskip("dmoe_kernels.gluon_common")
+gluon_up = pytest.importorskip("dmoe_kernels.gluon_up")
+
+runs = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9 or not common.HAS_GLUON,
+    reason="Gluon's kernels run on sm_90 with Triton 3.6",
+)
+COUNTS = ([1], [0, 1, 128, 129, 300], [64, 65, 0, 63], [0, 0, 0], [700, 0, 1, 2000, 127, 255, 257])
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_equals_triton(monkeypatch, counts: list[int], dtype: torch.dtype) -> None:
+    """Products bit for bit; dZ starts from rounded numbers, so what follows it is close."""
+    torch.manual_seed(0)
+    dim, ffn_dim, sources, num_rows = 512, 256, 37, sum(counts) + 5
+    index = torch.randint(sources, (num_rows,))
+    rows = RowMap.from_index(index, sources)
+    inputs = (
+        torch.randn(sources, dim).to(DEVICE, dtype),
+        RowMap(*(part.to(DEVICE) for part in rows)),
+        torch.rand(num_rows).to(DEVICE),
+        torch.tensor(counts).to(DEVICE),
+        (torch.randn(len(counts), 2 * ffn_dim, dim) * dim**-0.5).to(DEVICE, dtype),
+        (torch.randn(len(counts), dim, ffn_dim) * ffn_dim**-0.5).to(DEVICE, dtype),
+        torch.randn(sources, dim).to(DEVICE, dtype),
+    )
+
+    def result(in_gluon: bool) -> list[torch.Tensor]:
+        def choose(kernel, dtype, shape, device, *, tma=False, gluon=False):
+            fitting = configs._candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
+            return next(c for c in fitting if c.gluon or not (in_gluon and gluon))
+
+        for module in ("up", "dz", "grouped_gemm"):
+            monkeypatch.setattr(f"dmoe_kernels.{module}.choose", choose)
+        return run(expert_ffn, *inputs, "swiglu", backend="triton")
+
+    got, want = result(in_gluon=True), result(in_gluon=False)
+    assert torch.equal(got[0], want[0])
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert_close(a, b, 5e-3)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="says what is missing where it cannot run")
+def test_is_refused_where_it_cannot_run(monkeypatch) -> None:
+    x, w = torch.zeros(4, 64).half(), torch.zeros(1, 256, 64).half()
+    assert not gluon_up.suits_gluon(x, w)
+    with pytest.raises(RuntimeError, match=r"has no Gluon|for sm_90 alone"):
+        gluon_up.check_widths(x, w)
+    monkeypatch.setattr(gluon_up, "check_suited", lambda *tensors: None)
+    with pytest.raises(RuntimeError, match="24 is no multiple of 64"):
+        gluon_up.check_widths(x[:, :24], w[..., :24])
