@@ -12,6 +12,7 @@ from dmoe_kernels import (
     combine,
     dz,
     gluon_dz,
+    gluon_outer,
     gluon_up,
     grouped_gemm,
     mean_mask,
@@ -26,7 +27,7 @@ from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 
 # Shared memory a program may use, and whether products read both sides from it.
 _LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
-_SIZES = ("size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
+_SIZES = ("size_l", "size_r", "size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ _GLUON: dict[tuple[str, str], dict[str, str | bool]] = {
     ("gemm", "down"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[128,64]", "TRANSPOSED": True},
     ("gemm", "dx"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[64,256]", "TRANSPOSED": False},
     ("dz", "swiglu"): {"w_rows": "bf16[64,256]"},
+    ("outer", "dw_down"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
+    ("outer", "dw_up"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
 }
 
 
@@ -155,6 +158,20 @@ def _in_gluon(name: str, form: str, config: Config) -> Case:
         pointers |= {"weights": "fp32", "parts": "fp32"}
         for registers in ("LOAD_REGISTERS", "FINISH_REGISTERS", "MULTIPLY_REGISTERS"):
             constants[registers] = getattr(gluon_dz, registers)
+    elif name == "outer":
+        kernel, shape = gluon_outer.outer_kernel, gluon_outer.form_of(config)
+        gather_a = form == "dw_down"
+        left_is_a = shape.gather_wide is None or shape.gather_wide != gather_a
+        gather_left = left_is_a == gather_a
+        pointers["in_order"] = f"bf16[{shape.rows},{256 if gather_left else 64}]"
+        pointers["out_rows"] = "bf16[64,128]" if left_is_a else "bf16[128,64]"
+        del constants["GROUP_M"]
+        constants |= {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": shape.groups}
+        constants |= {"ROWS": shape.rows, "STAGING": shape.staging, "LAG": shape.lag}
+        constants |= {"GROUP_SIZE": shape.group, "LOAD_WARPS": shape.load_warps}
+        constants |= {"LOAD_REGISTERS": shape.load_registers}
+        split = register_split(shape.groups, shape.load_warps, shape.load_registers)
+        constants |= {"MULTIPLY_REGISTERS": split}
     else:
         kernel = gluon_up.forward_kernel
         pointers |= {"z": "bf16", "z_rows": "bf16[64,128]", "table": "i32", "offsets": "i32"}

@@ -33,7 +33,8 @@ def check_suited(*tensors: Tensor) -> None:
     first = tensors[0]
     if not HAS_GLUON:
         raise RuntimeError(f"Triton {triton.__version__} has no Gluon of the kind of 3.6")
-    if first.device.type != "cuda" or torch.cuda.get_device_capability(first.device)[0] != 9:
+    nvidia = first.device.type == "cuda" and not torch.version.hip
+    if not nvidia or torch.cuda.get_device_capability(first.device)[0] != 9:
         raise RuntimeError("this kernel is for sm_90 alone")
     dtypes = [t.dtype for t in tensors]
     if first.dtype not in (torch.bfloat16, torch.float16) or any(d != first.dtype for d in dtypes):

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels import gluon_up
+from dmoe_kernels import gluon_outer, gluon_up
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.gluon_outer import form_of, suits_gluon_outer
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
@@ -124,7 +125,14 @@ def grouped_outer(
     if config is None:
         shape = (size_m, size_n, num_experts, rows_bucket(len(index_R), num_experts))
         tma = suits_tma(in_order)
-        config = choose(kernel, a_RM.dtype, shape, a_RM.device, tma=tma)
+        gluon = out is None and suits_gluon_outer(a_RM, b_RN, dtype)
+        config = choose(kernel, a_RM.dtype, shape, a_RM.device, tma=tma, gluon=gluon)
+    if config.gluon:
+        assert out is None
+        form = form_of(config)
+        return gluon_outer.outer(
+            a_RM, b_RN, index_R, offsets, gather_a=gather_a, dtype=dtype, form=form
+        )
     block_k = scaled_k(config, a_RM.itemsize)
     block_m, block_n = config.block_m, config.block_n
     if gather_a:
