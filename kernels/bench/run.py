@@ -132,7 +132,7 @@ class Bench:
             f"contenders take turns, the L2 cache is cold, medians of {self.options.repeats}. "
             f"Sorting the slots is counted, the router is\nnot. A bfloat16 product of 8192^3 by "
             f"cuBLAS in the same run: {self.cublas:.0f} TFLOP/s. The error\nof ours is the largest "
-            f"of output and gradients, against a loop in float32; that of others is\nof the output, "
+            f"of output and gradients, against a float32 loop; that of others is of the\noutput, "
             f"against ours.\n\n"
             "| shape | contender | forward ms | TFLOP/s | forward and backward ms | TFLOP/s "
             "| of cuBLAS | saved MB | error |\n"
