@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from dmoe_kernels.mean_mask import latent_masks, masked_activation
+from dmoe_kernels.mean_mask import chosen_activation
 from measure import relative_error, times_ms
 from torch import Tensor
 
@@ -65,10 +65,9 @@ class Neurons:
 
 def ours(layer: Neurons, num_active: int) -> Tensor:
     """Run the kernels: masks of all samples, and the activation under their mean."""
-    bits = latent_masks(layer.z_TKZ, layer.w_z_FZ, num_active)
     hidden_TF = F.linear(layer.x_TD, layer.w_up_FD)
     options = {"hard": False, "scale": 1.0}
-    a_TF = masked_activation(hidden_TF, bits, layer.z_TKZ, layer.w_z_FZ, "gelu", **options)
+    a_TF, _ = chosen_activation(hidden_TF, layer.z_TKZ, layer.w_z_FZ, num_active, "gelu", **options)
     return F.linear(a_TF, layer.w_down_DF)
 
 

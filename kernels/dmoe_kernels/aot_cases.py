@@ -28,6 +28,7 @@ from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 # Shared memory a program may use, and whether products read both sides from it.
 _LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
 _SIZES = ("size_l", "size_r", "size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
+_SIZES += ("latent_dim",)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     for name, form, kernel, pointers, constants, warps in _others():
         block = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK"))
         yield Case(name, form, kernel, pointers, constants, warps, 1, block, multiplies=False)
+    yield from _mean_mask_products(target)
 
 
 def _product(
@@ -277,17 +279,39 @@ def _wire() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int
 
 
 def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
-    pointers = {"z": "fp32", "w": "fp32", "bits": "u8", "passes": "i32"}
-    constants = {"COUNT_PASSES": False, "BLOCK_F": 4096}
-    form = "3072 neurons"
-    yield "latent_masks", form, mean_mask.latent_masks_kernel, pointers, constants, 8
-    del pointers["passes"]
-    pointers |= dict.fromkeys(("hidden", "a", "da", "dhidden"), "bf16") | {"dmean": "fp32"}
-    for activation, hard in (("swiglu", False), ("gelu", True), ("relu", True)):
-        constants = {"ACTIVATION": activation, "HARD": hard, "BLOCK_T": 16, "BLOCK_F": 128}
-        form = f"{activation}, {'hard' if hard else 'soft'}"
+    pointers = {"scores": "fp32", "bits": "u8", "passes": "i32", "valid": "u8"}
+    pointers |= dict.fromkeys(("hidden", "a"), "bf16")
+    for activation, valid in (("none", False), ("swiglu", True), ("gelu", False), ("relu", True)):
+        constants = {"ACTIVATION": activation, "HARD": activation in ("none", "relu")}
+        constants |= {"HAS_VALID": valid, "COUNT_PASSES": False, "PARTS": 3, "BLOCK_F": 1024}
+        form = f"{activation}, 3072 neurons"
+        yield "choose", form, mean_mask.choose_kernel, pointers, constants, 4
+
+
+def _mean_mask_products(target: str) -> Iterator[Case]:
+    """Yield the cases of the kernels that compute scores."""
+    pointers = dict.fromkeys(("z", "w", "scores", "dscores"), "fp32") | {"bits": "u8"}
+    pointers |= dict.fromkeys(("hidden", "a", "da", "dhidden"), "bf16")
+    forms = [("scores", "float32", mean_mask.scores_kernel, {}, mean_mask.SCORES)]
+    for activation, hard in (("swiglu", False), ("gelu", False), ("relu", False), ("relu", True)):
+        constants = {"ACTIVATION": activation, "HARD": hard}
         for direction, kernel in (
             ("", mean_mask.forward_kernel),
             (", backward", mean_mask.backward_kernel),
         ):
-            yield "mean_mask", form + direction, kernel, pointers, constants, 4
+            form = f"{activation}, {'hard' if hard else 'soft'}{direction}"
+            forms.append(("mean_mask", form, kernel, constants, mean_mask.TILE))
+    for name, form, kernel, constants, tile in forms:
+        blocks = {key: size for key, size in tile.items() if key.startswith("BLOCK")}
+        constants = constants | blocks | {"PRECISION": "ieee" if target == "gfx942" else "tf32x3"}
+        yield Case(
+            name,
+            form,
+            kernel,
+            pointers,
+            constants,
+            tile["num_warps"],
+            tile["num_stages"],
+            "x".join(map(str, blocks.values())),
+            multiplies=not constants.get("HARD"),
+        )

@@ -17,7 +17,7 @@ from dmoe.ops import Activation, Backend, router_gate, uses_kernels
 from dmoe.ops.activation import activate
 from dmoe.ops.mean_mask import MaskRule, masked_activation
 from dmoe.ops.top_mask import top_bits, unpack_bits
-from dmoe.ops.triton_masks import latent_masks_by_triton, masked_activation_by_triton
+from dmoe.ops.triton_masks import masked_activation_by_triton
 
 Masks = list[Tensor]
 """The packed mask of each sample, (T, F / 8) uint8."""
@@ -107,15 +107,16 @@ class ExpertSpace(nn.Module):
     def _by_kernels(
         self, hidden_TH: Tensor, z_TKZ: Tensor, activation: Activation, context: MoEContext
     ) -> tuple[Tensor, Masks]:
-        """Do `forward` in two launches, one for the masks of all samples."""
-
-        def select() -> Tensor:
-            bits = latent_masks_by_triton(z_TKZ, self.w_z_FZ, self.num_active)
-            return bits if context.valid_T is None else bits * context.valid_T[:, None, None]
-
-        bits = context.decide(f"masks_{self.layer}", select)
-        a_TF = masked_activation_by_triton(
-            hidden_TH, z_TKZ, self.w_z_FZ, bits, rule=self.rule, activation=activation
+        """Do `forward` for all samples at once."""
+        a_TF, bits = masked_activation_by_triton(
+            hidden_TH,
+            z_TKZ,
+            self.w_z_FZ,
+            self.num_active,
+            rule=self.rule,
+            activation=activation,
+            decide=functools.partial(context.decide, f"masks_{self.layer}"),
+            valid_T=context.valid_T,
         )
         return a_TF, list(bits.unbind(1))
 
