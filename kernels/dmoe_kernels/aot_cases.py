@@ -283,7 +283,8 @@ def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]
     pointers |= dict.fromkeys(("hidden", "a"), "bf16")
     for activation, valid in (("none", False), ("swiglu", True), ("gelu", False), ("relu", True)):
         constants = {"ACTIVATION": activation, "HARD": activation in ("none", "relu")}
-        constants |= {"HAS_VALID": valid, "COUNT_PASSES": False, "PARTS": 3, "BLOCK_F": 1024}
+        constants |= {"HAS_VALID": valid, "COUNT_PASSES": False}
+        constants |= {"width": 3072, "PARTS": 3, "BLOCK_F": 1024}
         form = f"{activation}, 3072 neurons"
         yield "choose", form, mean_mask.choose_kernel, pointers, constants, 4
 

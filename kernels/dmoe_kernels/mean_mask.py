@@ -200,7 +200,6 @@ def _choose(
         bits,
         bits if a_CF is None else a_CF,
         bits if passes is None else passes,
-        width,
         samples,
         num_active,
         NormalDist().inv_cdf(1 - share),
@@ -209,6 +208,7 @@ def _choose(
         HARD=hard,
         HAS_VALID=valid_C is not None,
         COUNT_PASSES=passes is not None,
+        width=width,
         PARTS=triton.cdiv(width, block),
         BLOCK_F=block,
         num_warps=8 if width > 4096 else 4,
@@ -302,10 +302,26 @@ def scores_kernel(
 
 @triton.jit
 def count_above(keys, key, PARTS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Return how many keys are above `key`."""
+    """Return how many keys are above `key`.
+
+    Sums of `key`, or of one more, may overflow, and what is left of them is right all the same. A
+    sum of comparisons would make LLVM gather bits to count these, which takes more instructions.
+    """
     reach = tl.zeros((BLOCK_F,), tl.int32)
     for p in tl.static_range(PARTS):
-        reach += (keys[p] > key).to(tl.int32)
+        reach += tl.where(keys[p] > key, key + 1, key)
+    for _ in tl.static_range(PARTS):
+        reach -= key
+    return tl.sum(reach)
+
+
+@triton.jit
+def count_equal(keys, key, last, PARTS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Return how many keys up to the place `last` are `key`."""
+    f = tl.arange(0, BLOCK_F)
+    reach = tl.zeros((BLOCK_F,), tl.int32)
+    for p in tl.static_range(PARTS):
+        reach += ((keys[p] == key) & (p * BLOCK_F + f <= last)).to(tl.int32)
     return tl.sum(reach)
 
 
@@ -364,13 +380,12 @@ def search(keys, num_active, quantile, width, PARTS: tl.constexpr, BLOCK_F: tl.c
     last = tl.zeros((), tl.int32) + width - 1
     if reach_low != num_active:
         # More are equal to the least than are chosen: the first ones are.
-        last = tl.zeros((), tl.int32)
         needed = num_active - count_above(keys, low, PARTS, BLOCK_F)
-        for p in tl.static_range(PARTS):
-            equal = ((keys[p] == low) & (p * BLOCK_F + f < width)).to(tl.int32)
-            taken = (equal > 0) & (tl.cumsum(equal) <= needed)
-            last = tl.maximum(last, tl.max(tl.where(taken, p * BLOCK_F + f, 0)))
-            needed -= tl.sum(equal)
+        before = tl.full((), -1, tl.int32)
+        while last - before > 1:
+            middle = (before + last) >> 1
+            enough = count_equal(keys, low, middle, PARTS, BLOCK_F) >= needed
+            before, last = tl.where(enough, before, middle), tl.where(enough, middle, last)
     return low, last, step
 
 
@@ -382,7 +397,6 @@ def choose_kernel(
     bits,
     a,
     passes,
-    width,
     samples,
     num_active,
     quantile,
@@ -391,6 +405,7 @@ def choose_kernel(
     HARD: tl.constexpr,
     HAS_VALID: tl.constexpr,
     COUNT_PASSES: tl.constexpr,
+    width: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
