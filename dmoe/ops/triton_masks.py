@@ -60,7 +60,8 @@ class _MaskedActivation(torch.autograd.Function):
         decide: Decide,
         valid_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        from dmoe_kernels.mean_mask import chosen_activation, masked_activation
+        from dmoe_kernels.chosen_masks import chosen_activation
+        from dmoe_kernels.mean_mask import masked_activation
 
         made: list[Tensor] = []
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from dmoe_kernels.mean_mask import chosen_activation
+from dmoe_kernels.chosen_masks import chosen_activation
 from measure import relative_error, times_ms
 from torch import Tensor
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from dmoe_kernels import (
     capacity,
+    chosen_masks,
     combine,
     dz,
     gluon_dz,
     gluon_outer,
     gluon_up,
     grouped_gemm,
+    latent_scores,
     mean_mask,
     routing,
     slots,
@@ -286,14 +288,14 @@ def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]
         constants |= {"HAS_VALID": valid, "COUNT_PASSES": False}
         constants |= {"width": 3072, "PARTS": 3, "BLOCK_F": 1024}
         form = f"{activation}, 3072 neurons"
-        yield "choose", form, mean_mask.choose_kernel, pointers, constants, 4
+        yield "choose", form, chosen_masks.choose_kernel, pointers, constants, 4
 
 
 def _mean_mask_products(target: str) -> Iterator[Case]:
     """Yield the cases of the kernels that compute scores."""
     pointers = dict.fromkeys(("z", "w", "scores", "dscores"), "fp32") | {"bits": "u8"}
     pointers |= dict.fromkeys(("hidden", "a", "da", "dhidden"), "bf16")
-    forms = [("scores", "float32", mean_mask.scores_kernel, {}, mean_mask.SCORES)]
+    forms = [("scores", "float32", latent_scores.scores_kernel, {}, latent_scores.SCORES)]
     for activation, hard in (("swiglu", False), ("gelu", False), ("relu", False), ("relu", True)):
         constants = {"ACTIVATION": activation, "HARD": hard}
         for direction, kernel in (

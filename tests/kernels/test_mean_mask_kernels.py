@@ -9,7 +9,8 @@ from dmoe.ops.mean_mask import MaskRule, masked_activation_loop
 from dmoe.ops.top_mask import pack_bits, top_mask_sorted
 from dmoe.ops.triton_masks import masked_activation_by_triton
 
-kernels = pytest.importorskip("dmoe_kernels.mean_mask")
+kernels = pytest.importorskip("dmoe_kernels.chosen_masks")
+scores = pytest.importorskip("dmoe_kernels.latent_scores")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -37,9 +38,9 @@ def test_masks_are_exact_on_the_scores_of_the_kernels(width: int, n: int) -> Non
     """Scores are rounded otherwise than torch's, so that masks may differ at the threshold."""
     torch.manual_seed(width)
     z, w = torch.randn(9, 2, 20, device=DEVICE), torch.randn(width, 20, device=DEVICE)
-    scores = kernels.latent_scores(z, w)
-    assert_close(scores, z.double() @ w.double().t(), 1e-6)
-    want = pack_bits(top_mask_sorted(scores.cpu().flatten(0, 1), n))
+    got = scores.latent_scores(z, w)
+    assert_close(got, z.double() @ w.double().t(), 1e-6)
+    want = pack_bits(top_mask_sorted(got.cpu().flatten(0, 1), n))
     assert torch.equal(kernels.latent_masks(z, w, n).cpu().flatten(0, 1), want)
 
 
@@ -109,7 +110,7 @@ def test_tokens_in_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     torch.manual_seed(0)
     leaves = [torch.randn(66, 32), torch.randn(66, 1, 3), torch.randn(32, 3)]
     whole = forward_and_backward(*leaves)
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 64 * 32 * 4)
+    monkeypatch.setattr(scores, "SCRATCH_BYTES", 64 * 32 * 4)
     *pieces, dw = forward_and_backward(*leaves)
     assert all(torch.equal(x, y) for x, y in zip(pieces, whole, strict=False))
     assert_close(dw, whole[-1], 1e-6)
