@@ -109,7 +109,7 @@ def _choose(
         width=width,
         PARTS=triton.cdiv(width, block),
         BLOCK_F=block,
-        num_warps=8 if width > 4096 else 4,
+        num_warps=min(16, max(1, block // 256)),
     )
 
 
