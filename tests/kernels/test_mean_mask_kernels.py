@@ -12,7 +12,8 @@ from dmoe.ops.triton_masks import masked_activation_by_triton
 kernels = pytest.importorskip("dmoe_kernels.chosen_masks")
 scores = pytest.importorskip("dmoe_kernels.latent_scores")
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# In float32 that of three products of TF32, on a GPU.
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def exact_scores(tokens: int, samples: int, latent: int, width: int, spread: int):
@@ -39,7 +40,7 @@ def test_masks_are_exact_on_the_scores_of_the_kernels(width: int, n: int) -> Non
     torch.manual_seed(width)
     z, w = torch.randn(9, 2, 20, device=DEVICE), torch.randn(width, 20, device=DEVICE)
     got = scores.latent_scores(z, w)
-    assert_close(got, z.double() @ w.double().t(), 1e-6)
+    assert_close(got, z.double() @ w.double().t(), TOLERANCE[torch.float32])
     want = pack_bits(top_mask_sorted(got.cpu().flatten(0, 1), n))
     assert torch.equal(kernels.latent_masks(z, w, n).cpu().flatten(0, 1), want)
 
