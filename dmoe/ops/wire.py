@@ -40,14 +40,19 @@ def quantize_rows(x_ND: Tensor, rows: RowMap | None = None, *, by_triton: bool =
         return quantize_rows(x_ND.contiguous(), rows, wire_width(x_ND.shape[1]))
     dim = x_ND.shape[1]
     blocks_NBX = F.pad(x_ND.float(), (0, -dim % BLOCK)).unflatten(1, (-1, BLOCK))
-    # The largest, m 2^a with m below 2, is at most 448 = 1.75 x 2^8 times 2^(a - 8), or the next.
-    bits_NB = blocks_NBX.abs().amax(2).view(torch.int32)
-    exponent_NB = ((bits_NB >> 23) - 8 + ((bits_NB & 0x7FFFFF) > 0x600000)).clamp(min=1)
+    exponent_NB = block_exponents(blocks_NBX.abs().amax(2))
     inverse_NB = ((254 - exponent_NB) << 23).view(torch.float32)
     numbers_ND = (blocks_NBX * inverse_NB[:, :, None]).flatten(1)[:, :dim].to(torch.float8_e4m3fn)
     parts = [numbers_ND.view(torch.uint8), exponent_NB.to(torch.uint8)]
     wire_NW = F.pad(torch.cat(parts, 1), (0, wire_width(dim) - dim - exponent_NB.shape[1]))
     return wire_NW if rows is None else wire_NW.index_select(0, rows.index_R)
+
+
+def block_exponents(largest: Tensor) -> Tensor:
+    """Return int32, biased: the least powers of two that bring float32 magnitudes to at most 448."""
+    # The largest, m 2^a with m below 2, is at most 448 = 1.75 x 2^8 times 2^(a - 8), or the next.
+    bits = largest.view(torch.int32)
+    return ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=1)
 
 
 def dequantize_rows(

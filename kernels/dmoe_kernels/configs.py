@@ -99,6 +99,15 @@ CANDIDATES = {
         Config(128, 64, 32, 8, 3),
         Config(64, 64, 32, 4, 2),
     ],
+    # In eight bits; tiles have two blocks of 128 columns.
+    "up_fp8": [
+        Config(128, 256, 64, 8, 4),
+        Config(64, 256, 64, 4, 2),
+    ],
+    "gemm_fp8": [
+        Config(128, 256, 64, 8, 4),
+        Config(64, 256, 64, 4, 2),
+    ],
 }
 # Small, so that a small test has several tiles and a tail of each kind.
 _INTERPRETED = Config(32, 16, 16, 4, 1, 2)

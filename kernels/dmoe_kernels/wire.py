@@ -82,6 +82,14 @@ def from_e4m3(code):
 
 
 @triton.jit
+def block_exponent(largest):
+    """Return the biased exponent of the least power of two that brings `largest` to at most 448."""
+    bits = largest.to(tl.int32, bitcast=True)
+    above = ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return tl.maximum((bits >> 23) - 8 + above, 1)
+
+
+@triton.jit
 def quantize_kernel(
     x, wire, by_source, offsets, dim, width, HAS_MAP: tl.constexpr, BLOCKS: tl.constexpr
 ):
@@ -91,9 +99,7 @@ def quantize_kernel(
     col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = col < dim
     value = tl.load(x + source * dim + col, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), 1).to(tl.int32, bitcast=True)
-    above = ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
-    exponent = tl.maximum((largest >> 23) - 8 + above, 1)
+    exponent = block_exponent(tl.max(tl.abs(value), 1))
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     code = to_e4m3(value * inverse[:, None]).to(tl.uint8)
     num_blocks = tl.cdiv(dim, BLOCK)

@@ -1,0 +1,195 @@
+"""Up in eight bits: gather, grouped GEMM, activation, and A quantised, in one persistent kernel.
+
+Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F; D
+and F are multiples of 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmoe_kernels.common import gelu_tanh, num_programs, rounded, swizzled
+from dmoe_kernels.configs import Config, choose, rows_bucket
+from dmoe_kernels.fp8 import BLOCK, Quantized, quantized
+from dmoe_kernels.fp8_gemm import matrix_rows, products
+from dmoe_kernels.tiles import tile_rows
+
+
+def up(
+    x_ND: Quantized,
+    index_R: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up_EHD: Quantized,
+    activation: str,
+    *,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> tuple[Tensor, Quantized]:
+    """Return z_RH = W_up x of each routed row in `dtype`, and a_RF = s act(z), quantised."""
+    (num_experts, size_h, dim), num_rows = w_up_EHD.numbers.shape, len(index_R)
+    ffn_dim = size_h // 2 if activation == "swiglu" else size_h
+    shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
+    config = config or choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device)
+    tiles = tile_rows(counts_E, num_rows, config.block_m)
+    z_RH = torch.empty(num_rows, size_h, dtype=dtype, device=index_R.device)
+    a_RF = Quantized(
+        torch.empty(num_rows, ffn_dim, dtype=torch.float8_e4m3fn, device=index_R.device),
+        torch.empty(num_rows, ffn_dim // BLOCK.value, device=index_R.device),
+    )
+    most = tiles.table_3M.shape[1] * triton.cdiv(size_h, 2 * BLOCK.value)
+    up_kernel[(num_programs(index_R.device, most),)](
+        *x_ND,
+        matrix_rows(w_up_EHD),
+        w_up_EHD.scales,
+        weights_R,
+        z_RH,
+        *a_RF,
+        index_R,
+        tiles.table_3M,
+        tiles.offsets,
+        num_experts,
+        tiles.table_3M.shape[1],
+        size_h,
+        dim,
+        ACTIVATION=activation,
+        BLOCK_M=config.block_m,
+        GROUP_M=config.group_m,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return z_RH, a_RF
+
+
+@triton.jit
+def _store_quantized(hidden, numbers, scales, rows, mask, block, ffn_dim):
+    """Quantise 128 columns of rows and store them and their scales."""
+    code, scale = quantized(hidden, tl.max(tl.abs(hidden), 1)[:, None])
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(numbers + rows[:, None] * ffn_dim + cols[None, :], code, mask=mask)
+    tl.store(scales + (rows * (ffn_dim // BLOCK) + block)[:, None], scale, mask=mask)
+
+
+@triton.jit
+def _plain_columns(
+    acc, weight, z, a, a_scales, rows, mask, block, ffn_dim, ACTIVATION: tl.constexpr
+):
+    """Store z and a of 128 columns, of experts that are not gated."""
+    dtype: tl.constexpr = z.dtype.element_ty
+    pre = rounded(acc, dtype)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(z + rows[:, None] * ffn_dim + cols[None, :], pre, mask=mask)
+    # Backward starts from the rounded numbers, so the activation does, too.
+    pre = pre.to(tl.float32)
+    if ACTIVATION == "gelu":
+        hidden, _ = gelu_tanh(pre)
+    else:
+        hidden = tl.maximum(pre, 0.0)
+    hidden = rounded(hidden * weight[:, None], dtype).to(tl.float32)
+    _store_quantized(hidden, a, a_scales, rows, mask, block, ffn_dim)
+
+
+@triton.jit
+def _up_tile(
+    x,
+    x_scales,
+    w,
+    w_scales,
+    weights,
+    z,
+    a,
+    a_scales,
+    index,
+    row,
+    end,
+    w_row,
+    n,
+    size_h,
+    dim,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    rows = row + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat a good one; they are not stored.
+    source = tl.load(index + tl.where(rows < end, rows, row)).to(tl.int64)
+    if ACTIVATION == "swiglu":
+        ffn_dim = size_h // 2
+        col, second = n * BLOCK, ffn_dim + n * BLOCK
+    else:
+        ffn_dim = size_h
+        col = n * 2 * BLOCK
+        second = tl.minimum(col + BLOCK, size_h - BLOCK)
+    left, right = products(x, x_scales, w, w_scales, source, w_row, col, second, dim, BLOCK_M)
+    dtype: tl.constexpr = z.dtype.element_ty
+    mask = (rows < end)[:, None]
+    weight = tl.load(weights + rows, mask=rows < end, other=0.0).to(tl.float32)
+    rows = rows.to(tl.int64)
+    if ACTIVATION == "swiglu":
+        gate, up_ = rounded(left, dtype), rounded(right, dtype)
+        z_ptrs = z + rows[:, None] * size_h + (col + tl.arange(0, BLOCK))[None, :]
+        tl.store(z_ptrs, gate, mask=mask)
+        tl.store(z_ptrs + ffn_dim, up_, mask=mask)
+        gate = gate.to(tl.float32)
+        hidden = gate * tl.sigmoid(gate) * up_.to(tl.float32)
+        hidden = rounded(hidden * weight[:, None], dtype).to(tl.float32)
+        _store_quantized(hidden, a, a_scales, rows, mask, n, ffn_dim)
+    else:
+        _plain_columns(left, weight, z, a, a_scales, rows, mask, 2 * n, ffn_dim, ACTIVATION)
+        if col + BLOCK < size_h:
+            block = 2 * n + 1
+            _plain_columns(right, weight, z, a, a_scales, rows, mask, block, ffn_dim, ACTIVATION)
+
+
+@triton.jit
+def up_kernel(
+    x,
+    x_scales,
+    w,
+    w_scales,
+    weights,
+    z,
+    a,
+    a_scales,
+    index,
+    table,
+    offsets,
+    num_experts,
+    bound,
+    size_h,
+    dim,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Take tile after tile; one of at most half the rows is computed at half the height."""
+    num_m = tl.load(offsets + num_experts + 1)
+    num_n = tl.cdiv(size_h, 2 * BLOCK)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        m, n = swizzled(tile, num_m, num_n, GROUP_M)
+        expert = tl.load(table + m)
+        row = tl.load(table + bound + m)
+        end = tl.load(table + 2 * bound + m)
+        expert_scales = w_scales + expert.to(tl.int64) * (size_h // BLOCK) * (dim // BLOCK)
+        small = (end - row <= BLOCK_M // 2).to(tl.int32)
+        for HALVED in tl.static_range(2):
+            if small == HALVED:
+                _up_tile(
+                    x,
+                    x_scales,
+                    w,
+                    expert_scales,
+                    weights,
+                    z,
+                    a,
+                    a_scales,
+                    index,
+                    row,
+                    end,
+                    expert * size_h,
+                    n,
+                    size_h,
+                    dim,
+                    ACTIVATION,
+                    BLOCK_M // (1 + HALVED),
+                )
