@@ -75,6 +75,12 @@ class ModelConfig(ConfigModel):
                         f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
                         f"rows of 16 bytes: change it, or set moe.backend: loop"
                     )
+        if self.moe is not None and self.moe.expert_dtype == "fp8" and self.dim % 128:
+            raise ConfigError(
+                f"dim = {self.dim} is no multiple of 128, of which blocks in eight bits share a "
+                f"scale: change it, or set moe.expert_dtype to same",
+                key="dim",
+            )
         if self.moe is not None and not self.moe_layers:
             raise ValueError(
                 f"none of the num_layers = {self.num_layers} layers is a MoE layer with moe.every "

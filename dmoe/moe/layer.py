@@ -28,7 +28,7 @@ from dmoe.moe.losses import LossesConfig, load_balance_loss, z_loss
 from dmoe.moe.routers import Router, RouterConfig, RouterSection, TopKConfig
 from dmoe.moe.routing import MoEContext, Routing
 from dmoe.moe.stats import MoEOutput, measure
-from dmoe.ops import Activation, Backend, uses_kernels
+from dmoe.ops import Activation, Backend, ExpertDtype, uses_kernels
 from dmoe.parallel import ParallelDims, all_reduce_sum
 
 
@@ -70,6 +70,11 @@ class MoEConfig(ConfigModel):
     """How rows are sent to their experts: "same" as they are, "fp8" in eight bits, as numbers in
     e4m3 and a power of two for each 128 of them. What experts return, and all gradients, are sent
     as they are. Rows for experts of the same rank are rounded alike, on one rank too."""
+    expert_dtype: ExpertDtype = "same"
+    """What routed experts multiply in: "same" as the rest, "fp8" e4m3 numbers with a power of two
+    for each 128 of a row and each 128 x 128 of a weight, summed in float32: forward and for the
+    gradient of their input. Widths must be multiples of 128. With `backend: triton` it needs a GPU
+    of compute capability 9 (H100, H200); "torch" and "loop" compute the same numbers, slowly."""
     backend: Backend = "auto"
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
     after the other, "triton" the kernels of `kernels/`, which no GPU has run yet and which serve
@@ -132,6 +137,7 @@ class MoEConfig(ConfigModel):
             for key, default in (
                 ("expert_dropout", 0.0),
                 ("dispatch_dtype", "same"),
+                ("expert_dtype", "same"),
                 ("recompute_experts", False),
             ):
                 if (given := getattr(self, key)) != default:
@@ -147,6 +153,34 @@ class MoEConfig(ConfigModel):
                 f"experts whose neurons fall out keep all; leave one of them out",
                 key="recompute_experts",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _multiplies_in_eight_bits(self) -> "MoEConfig":
+        if self.expert_dtype == "same" or not self.num_shards:
+            return self
+        width, of_expert = self.expert_width, "expert_ffn_dim"
+        if self.infinite is not None and self.infinite.block_size is not None:
+            of_expert = "infinite.block_size"
+        for key, holds, reason in (
+            (of_expert, width % 128, f"{of_expert} = {width} is no multiple of 128: change it"),
+            (
+                "backend",
+                self.backend == "megablocks",
+                "backend = megablocks multiplies bfloat16: choose triton, torch or loop",
+            ),
+            (
+                "expert_dropout",
+                self.expert_dropout,
+                f"expert_dropout = {self.expert_dropout:g} has products of its own: leave it out",
+            ),
+        ):
+            if holds:
+                raise ConfigError(
+                    f"expert_dtype = {self.expert_dtype} does not go with this: {reason}, or set "
+                    f"expert_dtype to same",
+                    key=key,
+                )
         return self
 
     @model_validator(mode="after")
@@ -325,6 +359,7 @@ class MoELayer(SparseLayer):
             activation=activation,
             backend=config.backend,
             recompute=config.recompute_experts,
+            dtype=config.expert_dtype,
         )
         self.zero_computation: ZeroComputationExperts | None = None
         if config.zero_computation is not None:

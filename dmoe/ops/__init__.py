@@ -4,6 +4,7 @@ from dmoe.ops.activation import Activation
 from dmoe.ops.backend import Backend, resolve_backend, uses_kernels
 from dmoe.ops.expert_capacity import CapacityRule, keep_slots
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
+from dmoe.ops.fp8 import ExpertDtype
 from dmoe.ops.grouped_mm import grouped_mm
 from dmoe.ops.linear import Linear
 from dmoe.ops.rms_norm import rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "Activation",
     "Backend",
     "CapacityRule",
+    "ExpertDtype",
     "Linear",
     "RowMap",
     "count_slots",

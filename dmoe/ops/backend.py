@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from dmoe.config.base import ConfigError
+from dmoe.ops.fp8 import ExpertDtype
 
 Backend = Literal["auto", "triton", "torch", "loop", "megablocks"]
 ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
@@ -17,7 +18,10 @@ _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def resolve_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    experts: ExpertDtype = "same",
 ) -> ResolvedBackend:
     """Return the backend that is used on a device.
 
@@ -31,6 +35,8 @@ def resolve_backend(
     """
     if backend == "triton":
         _check_triton(device)
+        if experts == "fp8":
+            _check_fp8(device)
     if backend == "megablocks":
         _check_megablocks(device, dtype)
     if dtype not in _GROUPED_DTYPES:
@@ -73,6 +79,20 @@ def _check_triton(device: torch.device) -> None:
             f"model.moe.backend = triton needs an NVIDIA or AMD GPU, this device is {device}: set "
             f"model.moe.backend to auto",
             key="model.moe.backend",
+        )
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type != "cuda":  # the interpreter
+        return
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        kind = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"model.moe.expert_dtype = fp8 with model.moe.backend = triton needs the tensor cores "
+            f"of compute capability 9 (H100, H200), this device is {kind}: set "
+            f"model.moe.expert_dtype to same, or model.moe.backend to torch, which computes the "
+            f"same slowly",
+            key="model.moe.expert_dtype",
         )
 
 

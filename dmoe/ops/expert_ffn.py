@@ -5,6 +5,7 @@ The gate weight of a row multiplies the hidden activation, not the output: the p
 and the gradient of the gate, <dy W_down, a>, then needs no output row to be saved.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.ops.activation import Activation, activate, activate_backward
-from dmoe.ops.backend import Backend, resolve_backend
+from dmoe.ops.backend import Backend, ResolvedBackend, resolve_backend
+from dmoe.ops.fp8 import ExpertDtype, check_widths, grouped_mm_fp8
 from dmoe.ops.grouped_mm import grouped_mm, grouped_outer
 from dmoe.ops.rows import RowMap, gather_loop, gather_sum_loop, sum_rows, take_rows
 from dmoe.ops.triton_experts import backward_by_triton, forward_by_triton
@@ -29,6 +31,7 @@ def expert_ffn(
     activation: Activation,
     backend: Backend = "auto",
     recompute: bool = False,
+    dtype: ExpertDtype = "same",
     main_grads: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return y_ND: for each source the sum over its rows of weights_R * W_down act(W_up x).
@@ -49,13 +52,18 @@ def expert_ffn(
         backend: "triton" for the kernels, "torch" for `torch.nn.functional.grouped_mm`, "loop" for
             an expert after the other, "megablocks" for its grouped GEMM.
         recompute: compute the pre-activation again in backward, and do not save it.
+        dtype: "fp8" for products in eight bits, forward and of the gradient of `x_ND`, as `fp8`
+            defines them; gradients pass the rounding as if there were none. "triton" is fast, the
+            others are slow.
         main_grads: what backward adds the gradients of `w_up` and `w_down_EDF` to, such as float32
             sums over micro-batches; the weights themselves then get none.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
     """
-    options = _Options(activation, backend, recompute, main_grads)
+    if dtype == "fp8":
+        check_widths(*w_down_EDF.shape[1:])
+    options = _Options(activation, backend, recompute, dtype, main_grads)
     return _ExpertFFN.apply(x_ND, weights_R, w_up, w_down_EDF, rows, counts_E, options)
 
 
@@ -96,7 +104,21 @@ class _Options(NamedTuple):
     activation: Activation
     backend: Backend
     recompute: bool
+    dtype: ExpertDtype
     main_grads: tuple[Tensor, Tensor] | None
+
+
+def _product(
+    dtype: ExpertDtype, backend: ResolvedBackend
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the product of rows (R, K) with matrices (E, N, K), given the counts."""
+    if dtype == "fp8":
+        return grouped_mm_fp8
+
+    def multiply(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_mm(x_RK, w_ENK.transpose(1, 2), counts_E, backend)
+
+    return multiply
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -111,16 +133,24 @@ class _ExpertFFN(torch.autograd.Function):
         counts_E: Tensor,
         options: _Options,
     ) -> Tensor:
-        backend = resolve_backend(options.backend, x_ND.device, x_ND.dtype)
+        backend = resolve_backend(options.backend, x_ND.device, x_ND.dtype, options.dtype)
         ctx.backend, ctx.options, activation = backend, options, options.activation
         if backend == "triton":
             z_RH, y_ND = forward_by_triton(
-                x_ND, rows, weights_R, counts_E, w_up, w_down_EDF, activation
+                x_ND,
+                rows,
+                weights_R,
+                counts_E,
+                w_up,
+                w_down_EDF,
+                activation,
+                fp8=options.dtype == "fp8",
             )
         else:
-            z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend)
+            multiply = _product(options.dtype, backend)
+            z_RH = multiply(take_rows(x_ND, rows), w_up, counts_E)
             a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
-            y_ND = sum_rows(grouped_mm(a_RF, w_down_EDF.transpose(1, 2), counts_E, backend), rows)
+            y_ND = sum_rows(multiply(a_RF, w_down_EDF, counts_E), rows)
         kept_RH = None if options.recompute else z_RH
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, kept_RH, counts_E, *rows)
         return y_ND
@@ -128,7 +158,7 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *row_tensors = ctx.saved_tensors
-        rows, (activation, _, _, main_grads) = RowMap(*row_tensors), ctx.options
+        rows, (activation, _, _, dtype, main_grads) = RowMap(*row_tensors), ctx.options
         # The gradient of a sum is expanded: every row of it the same memory.
         dy_ND = dy_ND.contiguous()
         if ctx.backend == "triton":
@@ -143,17 +173,19 @@ class _ExpertFFN(torch.autograd.Function):
                 z_RH,
                 activation,
                 main_grads,
+                fp8=dtype == "fp8",
             )
         else:
             dy_RD, backend = take_rows(dy_ND, rows), ctx.backend
+            multiply = _product(dtype, backend)
             if z_RH is None:
-                z_RH = grouped_mm(take_rows(x_ND, rows), w_up.transpose(1, 2), counts_E, backend)
+                z_RH = multiply(take_rows(x_ND, rows), w_up, counts_E)
             da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend)
             a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, activation)
             dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend).to(w_down_EDF.dtype)
             del dy_RD
             dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend).to(w_up.dtype)
-            dx_ND = sum_rows(grouped_mm(dz_RH, w_up, counts_E, backend), rows)
+            dx_ND = sum_rows(multiply(dz_RH, w_up.transpose(1, 2), counts_E), rows)
             dw = [dw_up, dw_down_EDF]
         if main_grads is None:
             return dx_ND, dweights_R, *dw, None, None, None

@@ -8,10 +8,14 @@ round nothing, and it is the same to multiply what the numbers stand for. Shapes
 and M, N, K of a product.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dmoe.ops.wire import BLOCK, block_exponents, dequantize_rows, quantize_rows
+
+ExpertDtype = Literal["same", "fp8"]
 
 
 def round_rows(x_RK: Tensor) -> Tensor:
@@ -34,19 +38,38 @@ def round_weights(w_EMN: Tensor) -> Tensor:
     return (numbers.float() * scale.view(torch.float32)).view_as(w_EMN).to(wide)
 
 
-def grouped_mm_fp8(rounded_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """Return (R, N): each expert's rows times its matrix, both rounded, in the rows' dtype.
+def grouped_mm_fp8(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
+    """Return (R, N) in the rows' dtype: each expert's rows times its matrix, both rounded.
+
+    No gradient: the op that calls this knows which products of backward are rounded.
 
     Args:
-        rounded_RK: of `round_rows`, sorted by expert.
-        w_ENK: one matrix an expert, not rounded yet.
+        x_RK: rows, sorted by expert.
+        w_ENK: one matrix an expert, cast to the rows' dtype first; a transposed view is fine.
         counts_E: int64 rows of each expert; they must sum to R.
     """
-    y_RN = rounded_RK.new_zeros(len(rounded_RK), w_ENK.shape[1])
+    y_RN = x_RK.new_empty(len(x_RK), w_ENK.shape[1])
     counts = counts_E.tolist()
-    for a, w, y in zip(rounded_RK.split(counts), w_ENK, y_RN.split(counts), strict=True):
-        if len(a):
-            w_NK = round_weights(w[None])[0].to(a.dtype)
-            for a_block, w_block in zip(a.split(BLOCK, 1), w_NK.split(BLOCK, 1), strict=True):
-                y += a_block @ w_block.t()
+    for x, w_NK, y in zip(x_RK.split(counts), w_ENK, y_RN.split(counts), strict=True):
+        if len(x):
+            a_blocks = round_rows(x).split(BLOCK, 1)
+            w_blocks = round_weights(w_NK[None].to(x.dtype))[0].split(BLOCK, 1)
+            total = a_blocks[0] @ w_blocks[0].t()
+            for a_block, w_block in zip(a_blocks[1:], w_blocks[1:], strict=True):
+                total += a_block @ w_block.t()
+            y.copy_(total)
     return y_RN
+
+
+def check_widths(dim: int, ffn_dim: int) -> None:
+    """Check that blocks of 128 divide the widths.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if dim % BLOCK or ffn_dim % BLOCK:
+        raise ValueError(
+            f"experts in fp8 need widths that are multiples of {BLOCK}, of which a block shares a "
+            f"scale, but dim = {dim} and the width of an expert is {ffn_dim}: change these, or set "
+            f"expert_dtype to same"
+        )

@@ -17,13 +17,15 @@ def forward_by_triton(
     w_up: Tensor,
     w_down_EDF: Tensor,
     activation: Activation,
+    *,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return z_RH and y_ND; the arguments are those of `expert_ffn`."""
+    """Return z_RH and y_ND; the arguments are those of `expert_ffn`, `fp8` its dtype."""
     from dmoe_kernels.experts import experts_forward
 
     weights = _in_dtype_of(x_ND, w_up, w_down_EDF)
     y_ND, z_RH = experts_forward(
-        x_ND.contiguous(), tuple(rows), weights_R, counts_E, *weights, activation
+        x_ND.contiguous(), tuple(rows), weights_R, counts_E, *weights, activation, fp8=fp8
     )
     return z_RH, y_ND
 
@@ -39,6 +41,8 @@ def backward_by_triton(
     z_RH: Tensor | None,
     activation: Activation,
     main_grads: tuple[Tensor, Tensor] | None,
+    *,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x_ND, weights_R, w_up and w_down_EDF, each in its dtype.
 
@@ -53,6 +57,7 @@ def backward_by_triton(
         z_RH: what the forward pass returned; None to compute it again.
         activation: as in the forward pass.
         main_grads: what the gradients of the weights are added to and returned as, or None.
+        fp8: as in the forward pass.
     """
     from dmoe_kernels.experts import experts_backward
 
@@ -67,6 +72,7 @@ def backward_by_triton(
         activation,
         w_up.dtype,
         accumulate=main_grads,
+        fp8=fp8,
     )
 
 

@@ -193,7 +193,7 @@ def _introduce(
     if moe is not None and moe.is_grouped:
         # One that is asked for and cannot run here is told now, not in the first step.
         dtype = COMPUTE_DTYPES[config.engine.precision]
-        backend = resolve_backend(moe.backend, device, dtype)
+        backend = resolve_backend(moe.backend, device, dtype, moe.expert_dtype)
         if moe.backend == "auto":
             journal.message(f"model.moe.backend: auto takes {backend}")
     if parts is None:

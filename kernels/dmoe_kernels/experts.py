@@ -10,8 +10,10 @@ dim, H = 2F if gated, else F.
 import torch
 from torch import Tensor
 
+from dmoe_kernels import fp8_gemm, fp8_up
 from dmoe_kernels.combine import gather_sum
 from dmoe_kernels.dz import dz
+from dmoe_kernels.fp8 import quantize_rows, quantize_weights
 from dmoe_kernels.grouped_gemm import grouped_gemm, grouped_outer
 from dmoe_kernels.tiles import tile_rows
 from dmoe_kernels.up import up
@@ -28,6 +30,8 @@ def experts_forward(
     w_up_EHD: Tensor,
     w_down_EDF: Tensor,
     activation: str,
+    *,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return y_ND, each source's rows of s W_down act(W_up x) summed, and z_RH for backward.
 
@@ -40,12 +44,22 @@ def experts_forward(
         w_up_EHD: in x's dtype; gate rows, then up rows, for "swiglu".
         w_down_EDF: in x's dtype.
         activation: "swiglu", "gelu" (tanh form) or "relu".
+        fp8: multiply in eight bits.
     """
     index_R, by_source_R, offsets_N1 = row_map
     num_rows = len(index_R)
     tiles = tile_rows(counts_E, num_rows, BLOCK_M)
-    z_RH, a_RF = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
-    y_RD = grouped_gemm(a_RF, w_down_EDF, counts_E, transposed=True, num_rows=num_rows, tiles=tiles)
+    if fp8:
+        z_RH, quantized_RF = fp8_up.up(
+            x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles
+        )
+        down = quantize_weights(w_down_EDF)
+        y_RD = fp8_gemm.grouped_gemm(quantized_RF, down, counts_E, dtype=x_ND.dtype, tiles=tiles)
+    else:
+        z_RH, a_RF = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
+        y_RD = grouped_gemm(
+            a_RF, w_down_EDF, counts_E, transposed=True, num_rows=num_rows, tiles=tiles
+        )
     return gather_sum(y_RD, by_source_R, offsets_N1), z_RH
 
 
@@ -62,6 +76,7 @@ def experts_backward(
     weight_dtype: torch.dtype,
     *,
     accumulate: tuple[Tensor, Tensor] | None = None,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx_ND, dweights_R, dw_up_EHD and dw_down_EDF.
 
@@ -77,12 +92,14 @@ def experts_backward(
         activation: as in the forward pass.
         weight_dtype: of the gradients of the weights.
         accumulate: gradients of w_up and w_down to add to, or None for new ones.
+        fp8: as in the forward pass; of the gradients, dx is multiplied so.
     """
     index_R, by_source_R, offsets_N1 = row_map
     num_rows = len(index_R)
     tiles = tile_rows(counts_E, num_rows, BLOCK_M)
     if z_RH is None:
-        z_RH, _ = up(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
+        first = fp8_up.up if fp8 else up
+        z_RH, _ = first(x_ND, index_R, weights_R, counts_E, w_up_EHD, activation, tiles=tiles)
     dz_RH, a_RF, dweights_R = dz(
         dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation, tiles=tiles
     )
@@ -90,9 +107,14 @@ def experts_backward(
     dw_down_EDF = grouped_outer(
         dy_ND, a_RF, index_R, tiles.offsets, gather_a=True, dtype=weight_dtype, out=into_down
     )
-    dx_RD = grouped_gemm(
-        dz_RH, w_up_EHD, counts_E, transposed=False, num_rows=num_rows, tiles=tiles
-    )
+    if fp8:
+        turned = quantize_weights(w_up_EHD, transposed=True)
+        rows = quantize_rows(dz_RH)
+        dx_RD = fp8_gemm.grouped_gemm(rows, turned, counts_E, dtype=dz_RH.dtype, tiles=tiles)
+    else:
+        dx_RD = grouped_gemm(
+            dz_RH, w_up_EHD, counts_E, transposed=False, num_rows=num_rows, tiles=tiles
+        )
     dx_ND = gather_sum(dx_RD, by_source_R, offsets_N1)
     dw_up_EHD = grouped_outer(
         dz_RH, x_ND, index_R, tiles.offsets, gather_a=False, dtype=weight_dtype, out=into_up

@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dmoe_kernels.common import num_programs, rounded, swizzled
+from dmoe_kernels.common import num_programs, rounded
 from dmoe_kernels.configs import Config, choose, rows_bucket
 from dmoe_kernels.fp8 import BLOCK, Quantized
-from dmoe_kernels.tiles import tile_rows
+from dmoe_kernels.product import tile_at
+from dmoe_kernels.tiles import Tiles, tile_rows
+from dmoe_kernels.tma import descriptor
 
 
 def grouped_gemm(
@@ -26,6 +28,7 @@ def grouped_gemm(
     *,
     dtype: torch.dtype,
     config: Config | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Return (R, N) in `dtype`: each expert's rows times its matrix.
 
@@ -35,11 +38,14 @@ def grouped_gemm(
         counts_E: (E,) int64 rows of each expert.
         dtype: of the result; summed in float32.
         config: of the kernel; chosen if None.
+        tiles: of `config.block_m` rows, if they were made before.
     """
     (num_experts, size_n, size_k), num_rows = w_ENK.numbers.shape, len(a_RK.numbers)
-    shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
-    config = config or choose("gemm_fp8", torch.float8_e4m3fn, shape, counts_E.device)
-    tiles = tile_rows(counts_E, num_rows, config.block_m)
+    if config is None:
+        shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
+        config = choose("gemm_fp8", torch.float8_e4m3fn, shape, counts_E.device)
+    if tiles is None or tiles.block_m != config.block_m:
+        tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = torch.empty(num_rows, size_n, dtype=dtype, device=counts_E.device)
     most = tiles.table_3M.shape[1] * triton.cdiv(size_n, 2 * BLOCK.value)
     gemm_kernel[(num_programs(counts_E.device, most),)](
@@ -63,7 +69,7 @@ def grouped_gemm(
 
 def matrix_rows(w_ENK: Quantized) -> TensorDescriptor:
     """Return what TMA reads 128 x 128 of all matrices by, one below the other."""
-    return TensorDescriptor.from_tensor(w_ENK.numbers.flatten(0, 1), [BLOCK.value, BLOCK.value])
+    return descriptor(w_ENK.numbers.flatten(0, 1), [BLOCK.value, BLOCK.value])
 
 
 @triton.jit
@@ -156,15 +162,13 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile; one of at most half the rows is computed at half the height."""
-    num_m = tl.load(offsets + num_experts + 1)
     num_n = tl.cdiv(size_n, 2 * BLOCK)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzled(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(table + m)
-        row = tl.load(table + bound + m)
-        end = tl.load(table + 2 * bound + m)
+    total = tl.load(offsets + num_experts + 1) * num_n
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, row, end, n, small = tile_at(
+            tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
+        )
         expert_scales = w_scales + expert.to(tl.int64) * (size_n // BLOCK) * (size_k // BLOCK)
-        small = (end - row <= BLOCK_M // 2).to(tl.int32)
         for HALVED in tl.static_range(2):
             if small == HALVED:
                 _gemm_tile(

@@ -9,40 +9,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import gelu_tanh, num_programs, rounded, swizzled
+from dmoe_kernels.common import gelu_tanh, num_programs, rounded
 from dmoe_kernels.configs import Config, choose, rows_bucket
-from dmoe_kernels.fp8 import BLOCK, Quantized, quantized
+from dmoe_kernels.fp8 import BLOCK, Quantized, quantize_rows, quantize_weights, quantized
 from dmoe_kernels.fp8_gemm import matrix_rows, products
-from dmoe_kernels.tiles import tile_rows
+from dmoe_kernels.product import tile_at
+from dmoe_kernels.tiles import Tiles, tile_rows
 
 
 def up(
-    x_ND: Quantized,
+    x_ND: Tensor,
     index_R: Tensor,
     weights_R: Tensor,
     counts_E: Tensor,
-    w_up_EHD: Quantized,
+    w_up_EHD: Tensor,
     activation: str,
-    *,
-    dtype: torch.dtype,
     config: Config | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Quantized]:
-    """Return z_RH = W_up x of each routed row in `dtype`, and a_RF = s act(z), quantised."""
-    (num_experts, size_h, dim), num_rows = w_up_EHD.numbers.shape, len(index_R)
+    """Return z_RH = W_up x of each routed row in x's dtype, and a_RF = s act(z), quantised."""
+    (num_experts, size_h, dim), num_rows = w_up_EHD.shape, len(index_R)
     ffn_dim = size_h // 2 if activation == "swiglu" else size_h
-    shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-    config = config or choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device)
-    tiles = tile_rows(counts_E, num_rows, config.block_m)
-    z_RH = torch.empty(num_rows, size_h, dtype=dtype, device=index_R.device)
+    if config is None:
+        shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
+        config = choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device)
+    if tiles is None or tiles.block_m != config.block_m:
+        tiles = tile_rows(counts_E, num_rows, config.block_m)
+    w = quantize_weights(w_up_EHD)
+    z_RH = x_ND.new_empty(num_rows, size_h)
     a_RF = Quantized(
-        torch.empty(num_rows, ffn_dim, dtype=torch.float8_e4m3fn, device=index_R.device),
-        torch.empty(num_rows, ffn_dim // BLOCK.value, device=index_R.device),
+        x_ND.new_empty(num_rows, ffn_dim, dtype=torch.float8_e4m3fn),
+        x_ND.new_empty(num_rows, ffn_dim // BLOCK.value, dtype=torch.float32),
     )
     most = tiles.table_3M.shape[1] * triton.cdiv(size_h, 2 * BLOCK.value)
     up_kernel[(num_programs(index_R.device, most),)](
-        *x_ND,
-        matrix_rows(w_up_EHD),
-        w_up_EHD.scales,
+        *quantize_rows(x_ND),
+        matrix_rows(w),
+        w.scales,
         weights_R,
         z_RH,
         *a_RF,
@@ -163,15 +166,13 @@ def up_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile; one of at most half the rows is computed at half the height."""
-    num_m = tl.load(offsets + num_experts + 1)
     num_n = tl.cdiv(size_h, 2 * BLOCK)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        m, n = swizzled(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(table + m)
-        row = tl.load(table + bound + m)
-        end = tl.load(table + 2 * bound + m)
+    total = tl.load(offsets + num_experts + 1) * num_n
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, row, end, n, small = tile_at(
+            tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
+        )
         expert_scales = w_scales + expert.to(tl.int64) * (size_h // BLOCK) * (dim // BLOCK)
-        small = (end - row <= BLOCK_M // 2).to(tl.int32)
         for HALVED in tl.static_range(2):
             if small == HALVED:
                 _up_tile(

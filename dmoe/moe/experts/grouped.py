@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.moe.dispatch import Rows
-from dmoe.ops import Activation, Backend, expert_ffn, expert_ffn_loop
+from dmoe.ops import Activation, Backend, ExpertDtype, expert_ffn, expert_ffn_loop
 
 
 class GroupedExperts(nn.Module):
@@ -23,9 +23,11 @@ class GroupedExperts(nn.Module):
         activation: Activation,
         backend: Backend = "auto",
         recompute: bool = False,
+        dtype: ExpertDtype = "same",
     ):
         super().__init__()
         self.activation, self.backend, self.recompute = activation, backend, recompute
+        self.dtype = dtype
         if activation == "swiglu":
             self.w_gate_up_E2FD = nn.Parameter(torch.empty(num_local, 2 * ffn_dim, dim))
         else:
@@ -49,4 +51,5 @@ class GroupedExperts(nn.Module):
             activation=self.activation,
             backend=self.backend,
             recompute=self.recompute,
+            dtype=self.dtype,
         )

@@ -41,6 +41,7 @@ def check_infinite(infinite: InfiniteConfig, moe: "MoEConfig") -> None:
         ("expert_dropout", moe.expert_dropout),
         ("recompute_experts", moe.recompute_experts),
         ("dispatch_dtype", moe.dispatch_dtype != "same" and moe.dispatch_dtype),
+        ("expert_dtype", moe.expert_dtype != "same" and moe.expert_dtype),
         ("losses", ", ".join(f"{n} {w}" for n, w in moe.losses.weights().items())),
     ):
         if given:
