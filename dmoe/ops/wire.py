@@ -49,7 +49,7 @@ def quantize_rows(x_ND: Tensor, rows: RowMap | None = None, *, by_triton: bool =
 
 
 def block_exponents(largest: Tensor) -> Tensor:
-    """Return int32, biased: the least powers of two that bring float32 magnitudes to at most 448."""
+    """Return int32, biased: the least powers of two that bring magnitudes to at most 448."""
     # The largest, m 2^a with m below 2, is at most 448 = 1.75 x 2^8 times 2^(a - 8), or the next.
     bits = largest.view(torch.int32)
     return ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=1)

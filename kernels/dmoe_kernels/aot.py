@@ -36,6 +36,8 @@ column counts tensor-core instructions. A block is M x N x K. Nothing here says 
 is.
 """
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
+EIGHT_BITS = "QGMMA"
+"""The instruction for e4m3, on sm_90."""
 
 
 class Evidence(NamedTuple):
@@ -60,7 +62,7 @@ class Evidence(NamedTuple):
         if self.spilled:
             return f"spills: {self.spilled} loads and stores"
         if self.case.multiplies and not self.tensor_core:
-            return f"no {TENSOR_CORE[self.target]}"
+            return f"no {_instruction(self.case, self.target)}"
         if (self.case.gluon or self.case.constexprs.get("TMA")) and not self.by_tma:
             return "does not load by TMA"
         return None
@@ -88,7 +90,8 @@ def compile_case(case: Case, target: str) -> Evidence:
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     spilled = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
     multiply, load = (
-        len(re.findall(rf"\b{name}\b", machine_code)) for name in (TENSOR_CORE[target], "UTMALDG")
+        len(re.findall(rf"\b{name}\b", machine_code))
+        for name in (_instruction(case, target), "UTMALDG")
     )
     return Evidence(case, target, registers, spilled, shared, multiply, load)
 
@@ -107,7 +110,7 @@ def section(target: str, rows: list[Evidence]) -> str:
         f"## Triton {triton.__version__}, {target}",
         "",
         "| kernel | form | block | warps | stages | registers | spills | shared bytes "
-        f"| {TENSOR_CORE[target]} |",
+        f"| {TENSOR_CORE[target]}{f' or {EIGHT_BITS}' if target == 'sm_90' else ''} |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -129,6 +132,10 @@ def write(path: Path, rows: list[Evidence]) -> None:
             part = section(target, of_target)
             tables[part.splitlines()[0]] = part
     path.write_text("\n".join([HEAD, *(tables[name] for name in sorted(tables))]))
+
+
+def _instruction(case: Case, target: str) -> str:
+    return EIGHT_BITS if case.eight_bits else TENSOR_CORE[target]
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:

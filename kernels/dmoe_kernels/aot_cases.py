@@ -12,6 +12,9 @@ from dmoe_kernels import (
     chosen_masks,
     combine,
     dz,
+    fp8,
+    fp8_gemm,
+    fp8_up,
     gluon_dz,
     gluon_outer,
     gluon_up,
@@ -24,13 +27,13 @@ from dmoe_kernels import (
     up,
     wire,
 )
-from dmoe_kernels.configs import Config, candidates, scaled_k
+from dmoe_kernels.configs import CANDIDATES, Config, candidates, scaled_k
 from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 
 # Shared memory a program may use, and whether products read both sides from it.
 _LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
 _SIZES = ("size_l", "size_r", "size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
-_SIZES += ("latent_dim",)
+_SIZES += ("latent_dim", "size_h")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Case:
     """Whether tensor cores must be used."""
     gluon: bool = False
     """Whether it is written in Gluon."""
+    eight_bits: bool = False
+    """Whether they multiply e4m3."""
 
     def signature(self) -> dict[str, str]:
         """Return the type of each argument."""
@@ -82,6 +87,8 @@ class Case:
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     """Yield what is compiled for a target; with `first_only` the default config of each form."""
     shared_memory, wgmma = _LIMITS[target]
+    if wgmma:
+        yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants in _products():
         fitting = candidates(name, 2, shared_memory, wgmma=wgmma)
         for config in fitting[:1] if first_only else fitting:
@@ -225,6 +232,36 @@ def _products() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]
     ):
         constants = {"GATHER_A": gather_a, "ACCUMULATE": name == "outer_add"}
         yield name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants
+
+
+def _fp8_products(*, first_only: bool) -> Iterator[Case]:
+    """Yield the products in eight bits, which only sm_90 has."""
+    scales = {"scales": "fp32", "a_scales": "fp32", "w_scales": "fp32", "x_scales": "fp32"}
+    numbers = {"x": "fp8e4nv", "a": "fp8e4nv", "w": "fp8e4nv[128,128]", "numbers": "fp8e4nv"}
+    pointers = numbers | scales | _TILES | {"y": "bf16", "z": "bf16", "weights": "fp32"}
+    forms = [("up_fp8", a, fp8_up.up_kernel, {"ACTIVATION": a}) for a in ("swiglu", "gelu", "relu")]
+    forms.append(("gemm_fp8", "down, dx", fp8_gemm.gemm_kernel, {}))
+    for name, form, kernel, constants in forms:
+        for config in CANDIDATES[name][: 1 if first_only else None]:
+            constants |= {"BLOCK_M": config.block_m, "GROUP_M": config.group_m}
+            yield Case(
+                name,
+                form,
+                kernel,
+                pointers,
+                constants,
+                config.warps,
+                config.stages,
+                f"{config.block_m}x{config.block_n}x{fp8.BLOCK.value}",
+                eight_bits=True,
+            )
+    quantize = pointers | {"x": "bf16", "w": "bf16"}
+    for form, kernel, constants, warps in (
+        ("rows", fp8.quantize_rows_kernel, {"BLOCKS": 32}, 4),
+        ("weights", fp8.quantize_weights_kernel, {"TRANSPOSED": False}, 8),
+        ("weights, turned", fp8.quantize_weights_kernel, {"TRANSPOSED": True}, 8),
+    ):
+        yield Case("fp8", form, kernel, quantize, constants, warps, 1, "128", multiplies=False)
 
 
 def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:

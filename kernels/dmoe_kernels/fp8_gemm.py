@@ -135,9 +135,7 @@ def _gemm_tile(
     # Rows past the end repeat a good one, a block past the last that; they are not stored.
     source = tl.where(rows < end, rows, row).to(tl.int64)
     second = tl.minimum(col + BLOCK, size_n - BLOCK)
-    left, right = products(
-        a, a_scales, w, w_scales, source, w_row, col, second, size_k, BLOCK_M
-    )
+    left, right = products(a, a_scales, w, w_scales, source, w_row, col, second, size_k, BLOCK_M)
     mask = (rows < end)[:, None]
     y_ptrs = y + rows.to(tl.int64)[:, None] * size_n + (col + tl.arange(0, BLOCK))[None, :]
     tl.store(y_ptrs, rounded(left, y.dtype.element_ty), mask=mask)

@@ -129,7 +129,7 @@ def test_the_experts_equal_the_loop(activation, counts) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "loop", "auto"])
 def test_close_to_products_that_are_not_rounded(backend, dtype) -> None:
-    """e4m3 rounds both sides of a product by 2.5% on average; the gates' gradients meet all of it."""
+    """e4m3 rounds both sides by 2.5% on average; the gates' gradients meet all of it."""
     inputs = make([40, 0, 33, 7], "swiglu")
     options = {"activation": "swiglu", "backend": backend}
     got = run(expert_ffn, inputs, dtype, dtype="fp8", **options)
