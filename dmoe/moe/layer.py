@@ -15,6 +15,7 @@ from dmoe.moe.dispatch import DispatchDtype, DispatchName, build_dispatcher
 from dmoe.moe.elastic import ElasticConfig
 from dmoe.moe.experts import FeedForward, GroupedExperts
 from dmoe.moe.experts.dropout import dropout_factors
+from dmoe.moe.experts.eight_bits import check_eight_bits
 from dmoe.moe.experts.zero_computation import ZeroComputationConfig, ZeroComputationExperts
 from dmoe.moe.infinite import (
     DeepNeuronLayer,
@@ -153,34 +154,7 @@ class MoEConfig(ConfigModel):
                 f"experts whose neurons fall out keep all; leave one of them out",
                 key="recompute_experts",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _multiplies_in_eight_bits(self) -> "MoEConfig":
-        if self.expert_dtype == "same" or not self.num_shards:
-            return self
-        width, of_expert = self.expert_width, "expert_ffn_dim"
-        if self.infinite is not None and self.infinite.block_size is not None:
-            of_expert = "infinite.block_size"
-        for key, holds, reason in (
-            (of_expert, width % 128, f"{of_expert} = {width} is no multiple of 128: change it"),
-            (
-                "backend",
-                self.backend == "megablocks",
-                "backend = megablocks multiplies bfloat16: choose triton, torch or loop",
-            ),
-            (
-                "expert_dropout",
-                self.expert_dropout,
-                f"expert_dropout = {self.expert_dropout:g} has products of its own: leave it out",
-            ),
-        ):
-            if holds:
-                raise ConfigError(
-                    f"expert_dtype = {self.expert_dtype} does not go with this: {reason}, or set "
-                    f"expert_dtype to same",
-                    key=key,
-                )
+        check_eight_bits(self)
         return self
 
     @model_validator(mode="after")
