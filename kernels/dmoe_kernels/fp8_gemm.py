@@ -73,17 +73,16 @@ def matrix_rows(w_ENK: Quantized) -> TensorDescriptor:
 
 
 @triton.jit
-def products(a, a_scales, w, w_scales, source, w_row, col, second, size_k, BLOCK_M: tl.constexpr):
-    """Return two float32 (BLOCK_M, 128) products of rows with 128 columns of one expert each.
+def products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: tl.constexpr):
+    """Return two float32 (BLOCK_M, 128) products of rows with 128 columns of a matrix each.
 
     Args:
         a: rows.
         a_scales: theirs.
         w: matrices, one below the other.
-        w_scales: those of the expert's matrix.
+        w_scales: theirs.
         source: (BLOCK_M,) int64 rows of `a`.
-        w_row: where the expert's matrix begins.
-        col: first column of the first product, which is a row of the matrix.
+        first: row of `w` that is the first column of the first product.
         second: the same of the second product.
         size_k: K.
         BLOCK_M: rows.
@@ -92,28 +91,28 @@ def products(a, a_scales, w, w_scales, source, w_row, col, second, size_k, BLOCK
     num_k = size_k // BLOCK
     a_ptrs = a + source[:, None] * size_k + k[None, :]
     a_scales += source * num_k
-    first_scales = w_scales + col // BLOCK * num_k
+    first_scales = w_scales + first // BLOCK * num_k
     second_scales = w_scales + second // BLOCK * num_k
     a_scale = tl.load(a_scales)
     first_scale = tl.load(first_scales)
     second_scale = tl.load(second_scales)
-    first_acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-    second_acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    left = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    right = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     for block in range(num_k):
         a_tile = tl.load(a_ptrs)
-        w_tile = w.load([w_row + col, block * BLOCK]).T
+        w_tile = w.load([first, block * BLOCK]).T
         product = tl.dot(a_tile, w_tile, tl.zeros((BLOCK_M, BLOCK), tl.float32))
-        first_acc += product * (a_scale * first_scale)[:, None]
-        w_tile = w.load([w_row + second, block * BLOCK]).T
+        left += product * (a_scale * first_scale)[:, None]
+        w_tile = w.load([second, block * BLOCK]).T
         product = tl.dot(a_tile, w_tile, tl.zeros((BLOCK_M, BLOCK), tl.float32))
-        second_acc += product * (a_scale * second_scale)[:, None]
+        right += product * (a_scale * second_scale)[:, None]
         a_ptrs += BLOCK
         # Scales are loaded a step ahead, to be there when the product is.
         ahead = tl.minimum(block + 1, num_k - 1)
         a_scale = tl.load(a_scales + ahead)
         first_scale = tl.load(first_scales + ahead)
         second_scale = tl.load(second_scales + ahead)
-    return first_acc, second_acc
+    return left, right
 
 
 @triton.jit
@@ -123,9 +122,9 @@ def _gemm_tile(
     w,
     w_scales,
     y,
+    expert,
     row,
     end,
-    w_row,
     col,
     size_n,
     size_k,
@@ -134,8 +133,9 @@ def _gemm_tile(
     rows = row + tl.arange(0, BLOCK_M)
     # Rows past the end repeat a good one, a block past the last that; they are not stored.
     source = tl.where(rows < end, rows, row).to(tl.int64)
-    second = tl.minimum(col + BLOCK, size_n - BLOCK)
-    left, right = products(a, a_scales, w, w_scales, source, w_row, col, second, size_k, BLOCK_M)
+    first = expert * size_n + col
+    second = expert * size_n + tl.minimum(col + BLOCK, size_n - BLOCK)
+    left, right = products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M)
     mask = (rows < end)[:, None]
     y_ptrs = y + rows.to(tl.int64)[:, None] * size_n + (col + tl.arange(0, BLOCK))[None, :]
     tl.store(y_ptrs, rounded(left, y.dtype.element_ty), mask=mask)
@@ -166,18 +166,17 @@ def gemm_kernel(
         expert, row, end, n, small = tile_at(
             tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
         )
-        expert_scales = w_scales + expert.to(tl.int64) * (size_n // BLOCK) * (size_k // BLOCK)
         for HALVED in tl.static_range(2):
             if small == HALVED:
                 _gemm_tile(
                     a,
                     a_scales,
                     w,
-                    expert_scales,
+                    w_scales,
                     y,
+                    expert,
                     row,
                     end,
-                    expert * size_n,
                     n * 2 * BLOCK,
                     size_n,
                     size_k,

@@ -104,9 +104,9 @@ def _up_tile(
     a,
     a_scales,
     index,
+    expert,
     row,
     end,
-    w_row,
     n,
     size_h,
     dim,
@@ -118,12 +118,14 @@ def _up_tile(
     source = tl.load(index + tl.where(rows < end, rows, row)).to(tl.int64)
     if ACTIVATION == "swiglu":
         ffn_dim = size_h // 2
-        col, second = n * BLOCK, ffn_dim + n * BLOCK
+        col = n * BLOCK
+        second = ffn_dim + col
     else:
         ffn_dim = size_h
         col = n * 2 * BLOCK
         second = tl.minimum(col + BLOCK, size_h - BLOCK)
-    left, right = products(x, x_scales, w, w_scales, source, w_row, col, second, dim, BLOCK_M)
+    first, second = expert * size_h + col, expert * size_h + second
+    left, right = products(x, x_scales, w, w_scales, source, first, second, dim, BLOCK_M)
     dtype: tl.constexpr = z.dtype.element_ty
     mask = (rows < end)[:, None]
     weight = tl.load(weights + rows, mask=rows < end, other=0.0).to(tl.float32)
@@ -172,22 +174,21 @@ def up_kernel(
         expert, row, end, n, small = tile_at(
             tile, table, offsets, num_experts, bound, num_n, BLOCK_M, GROUP_M
         )
-        expert_scales = w_scales + expert.to(tl.int64) * (size_h // BLOCK) * (dim // BLOCK)
         for HALVED in tl.static_range(2):
             if small == HALVED:
                 _up_tile(
                     x,
                     x_scales,
                     w,
-                    expert_scales,
+                    w_scales,
                     weights,
                     z,
                     a,
                     a_scales,
                     index,
+                    expert,
                     row,
                     end,
-                    expert * size_h,
                     n,
                     size_h,
                     dim,
