@@ -87,8 +87,6 @@ class Case:
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     """Yield what is compiled for a target; with `first_only` the default config of each form."""
     shared_memory, wgmma = _LIMITS[target]
-    if wgmma:
-        yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants in _products():
         fitting = candidates(name, 2, shared_memory, wgmma=wgmma)
         for config in fitting[:1] if first_only else fitting:
@@ -96,6 +94,8 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
                 yield _product(name, form, kernel, pointers, constants, config)
             elif HAS_GLUON and (name, form) in _GLUON:
                 yield _in_gluon(name, form, config)
+    if wgmma:
+        yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants, warps in _others():
         block = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK"))
         yield Case(name, form, kernel, pointers, constants, warps, 1, block, multiplies=False)
@@ -243,13 +243,13 @@ def _fp8_products(*, first_only: bool) -> Iterator[Case]:
     forms.append(("gemm_fp8", "down, dx", fp8_gemm.gemm_kernel, {}))
     for name, form, kernel, constants in forms:
         for config in CANDIDATES[name][: 1 if first_only else None]:
-            constants |= {"BLOCK_M": config.block_m, "GROUP_M": config.group_m}
+            sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             yield Case(
                 name,
                 form,
                 kernel,
                 pointers,
-                constants,
+                constants | sizes | {"GROUP_M": config.group_m},
                 config.warps,
                 config.stages,
                 f"{config.block_m}x{config.block_n}x{fp8.BLOCK.value}",

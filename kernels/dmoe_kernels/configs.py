@@ -99,14 +99,16 @@ CANDIDATES = {
         Config(128, 64, 32, 8, 3),
         Config(64, 64, 32, 4, 2),
     ],
-    # In eight bits; tiles have two blocks of 128 columns.
+    # In eight bits. Tiles have 256 columns, in one product after the other where the block has 128.
     "up_fp8": [
-        Config(128, 256, 64, 8, 4),
-        Config(64, 256, 64, 4, 2),
+        Config(128, 128, 64, 8, 4, 8),
+        Config(128, 128, 64, 8, 5, 8),
+        Config(64, 256, 64, 8, 4, 8),
     ],
     "gemm_fp8": [
-        Config(128, 256, 64, 8, 4),
-        Config(64, 256, 64, 4, 2),
+        Config(128, 256, 64, 8, 4, 8),
+        Config(128, 128, 64, 8, 5, 8),
+        Config(64, 256, 64, 4, 2, 8),
     ],
 }
 # Small, so that a small test has several tiles and a tail of each kind.

@@ -2,9 +2,10 @@
 
 Tensor cores of sm_90 keep fewer bits of a sum than float32 has. So the product of each 128 of K is
 added to sums in float32, times the scales of both sides, as DeepSeek-V3 does (arXiv 2412.19437,
-section 3.3.2). A tile has two blocks of 128 columns, one after the other: both at once would not
-fit the registers. Weights come by TMA, with K innermost, as these tensor cores want both sides.
-All dims are multiples of 128. Shapes: R routed rows, E experts, and N, K of a product.
+section 3.3.2). A tile has two blocks of 128 columns, and their products follow each other: one of
+256 columns and its sums would not fit the registers. Weights come by TMA, with K innermost, as
+these tensor cores want both sides. All dims are multiples of 128. Shapes: R routed rows, E experts,
+and N, K of a product.
 """
 
 import torch
@@ -60,6 +61,7 @@ def grouped_gemm(
         size_n,
         size_k,
         BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         GROUP_M=config.group_m,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -73,7 +75,18 @@ def matrix_rows(w_ENK: Quantized) -> TensorDescriptor:
 
 
 @triton.jit
-def products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: tl.constexpr):
+def products(
+    a,
+    a_scales,
+    w,
+    w_scales,
+    source,
+    first,
+    second,
+    size_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Return two float32 (BLOCK_M, 128) products of rows with 128 columns of a matrix each.
 
     Args:
@@ -86,7 +99,41 @@ def products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: t
         second: the same of the second product.
         size_k: K.
         BLOCK_M: rows.
+        BLOCK_N: 256 to read the rows once for both products, 128 for one after the other.
     """
+    if BLOCK_N == BLOCK:
+        left = _product(a, a_scales, w, w_scales, source, first, size_k, BLOCK_M)
+        right = _product(a, a_scales, w, w_scales, source, second, size_k, BLOCK_M)
+    else:
+        left, right = _both_products(
+            a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M
+        )
+    return left, right
+
+
+@triton.jit
+def _product(a, a_scales, w, w_scales, source, first, size_k, BLOCK_M: tl.constexpr):
+    k = tl.arange(0, BLOCK)
+    num_k = size_k // BLOCK
+    a_ptrs = a + source[:, None] * size_k + k[None, :]
+    a_scales += source * num_k
+    w_scales += first // BLOCK * num_k
+    a_scale, w_scale = tl.load(a_scales), tl.load(w_scales)
+    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    for block in range(num_k):
+        a_tile = tl.load(a_ptrs)
+        w_tile = w.load([first, block * BLOCK]).T
+        product = tl.dot(a_tile, w_tile, tl.zeros((BLOCK_M, BLOCK), tl.float32))
+        acc += product * (a_scale * w_scale)[:, None]
+        a_ptrs += BLOCK
+        # Scales are loaded a step ahead, to be there when the product is.
+        ahead = tl.minimum(block + 1, num_k - 1)
+        a_scale, w_scale = tl.load(a_scales + ahead), tl.load(w_scales + ahead)
+    return acc
+
+
+@triton.jit
+def _both_products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: tl.constexpr):
     k = tl.arange(0, BLOCK)
     num_k = size_k // BLOCK
     a_ptrs = a + source[:, None] * size_k + k[None, :]
@@ -94,8 +141,7 @@ def products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: t
     first_scales = w_scales + first // BLOCK * num_k
     second_scales = w_scales + second // BLOCK * num_k
     a_scale = tl.load(a_scales)
-    first_scale = tl.load(first_scales)
-    second_scale = tl.load(second_scales)
+    first_scale, second_scale = tl.load(first_scales), tl.load(second_scales)
     left = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     right = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     for block in range(num_k):
@@ -107,11 +153,9 @@ def products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M: t
         product = tl.dot(a_tile, w_tile, tl.zeros((BLOCK_M, BLOCK), tl.float32))
         right += product * (a_scale * second_scale)[:, None]
         a_ptrs += BLOCK
-        # Scales are loaded a step ahead, to be there when the product is.
         ahead = tl.minimum(block + 1, num_k - 1)
         a_scale = tl.load(a_scales + ahead)
-        first_scale = tl.load(first_scales + ahead)
-        second_scale = tl.load(second_scales + ahead)
+        first_scale, second_scale = tl.load(first_scales + ahead), tl.load(second_scales + ahead)
     return left, right
 
 
@@ -129,13 +173,16 @@ def _gemm_tile(
     size_n,
     size_k,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     rows = row + tl.arange(0, BLOCK_M)
     # Rows past the end repeat a good one, a block past the last that; they are not stored.
     source = tl.where(rows < end, rows, row).to(tl.int64)
     first = expert * size_n + col
     second = expert * size_n + tl.minimum(col + BLOCK, size_n - BLOCK)
-    left, right = products(a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M)
+    left, right = products(
+        a, a_scales, w, w_scales, source, first, second, size_k, BLOCK_M, BLOCK_N
+    )
     mask = (rows < end)[:, None]
     y_ptrs = y + rows.to(tl.int64)[:, None] * size_n + (col + tl.arange(0, BLOCK))[None, :]
     tl.store(y_ptrs, rounded(left, y.dtype.element_ty), mask=mask)
@@ -157,6 +204,7 @@ def gemm_kernel(
     size_n,
     size_k,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile; one of at most half the rows is computed at half the height."""
@@ -181,4 +229,5 @@ def gemm_kernel(
                     size_n,
                     size_k,
                     BLOCK_M // (1 + HALVED),
+                    BLOCK_N,
                 )

@@ -58,6 +58,7 @@ def up(
         dim,
         ACTIVATION=activation,
         BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         GROUP_M=config.group_m,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -112,6 +113,7 @@ def _up_tile(
     dim,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     rows = row + tl.arange(0, BLOCK_M)
     # Rows past the end repeat a good one; they are not stored.
@@ -125,7 +127,7 @@ def _up_tile(
         col = n * 2 * BLOCK
         second = tl.minimum(col + BLOCK, size_h - BLOCK)
     first, second = expert * size_h + col, expert * size_h + second
-    left, right = products(x, x_scales, w, w_scales, source, first, second, dim, BLOCK_M)
+    left, right = products(x, x_scales, w, w_scales, source, first, second, dim, BLOCK_M, BLOCK_N)
     dtype: tl.constexpr = z.dtype.element_ty
     mask = (rows < end)[:, None]
     weight = tl.load(weights + rows, mask=rows < end, other=0.0).to(tl.float32)
@@ -165,6 +167,7 @@ def up_kernel(
     dim,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile; one of at most half the rows is computed at half the height."""
@@ -194,4 +197,5 @@ def up_kernel(
                     dim,
                     ACTIVATION,
                     BLOCK_M // (1 + HALVED),
+                    BLOCK_N,
                 )

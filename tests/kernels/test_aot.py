@@ -31,7 +31,8 @@ def compile_all(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel"), [("sm_80", "gemm"), ("sm_90", "up"), ("gfx942", "dz")]
+    ("target", "kernel"),
+    [("sm_80", "gemm"), ("sm_90", "up"), ("sm_90", "gemm_fp8"), ("gfx942", "dz")],
 )
 def test_a_few_configs(target: str, kernel: str, tmp_path: Path) -> None:
     out = tmp_path / "table.md"
@@ -64,6 +65,13 @@ def test_not_loading_by_tma_is_a_fault() -> None:
     case = next(c for c in aot.cases("sm_90", first_only=False) if c.constexprs.get("TMA"))
     assert aot.Evidence(case, "sm_90", 168, 0, 0, 8).fault == "does not load by TMA"
     assert aot.Evidence(case, "sm_90", 168, 0, 0, 8, 7).fault is None
+
+
+def test_products_in_eight_bits_have_an_instruction_of_their_own() -> None:
+    case = next(c for c in aot.cases("sm_90", first_only=True) if c.eight_bits)
+    assert aot.Evidence(case, "sm_90", 255, 0, 0, 0).fault == "no QGMMA"
+    for target in ("sm_80", "gfx942"):
+        assert not any(c.eight_bits for c in aot.cases(target, first_only=True))
 
 
 @pytest.mark.slow

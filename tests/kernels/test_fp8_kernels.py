@@ -9,6 +9,8 @@ from dmoe.ops import RowMap, expert_ffn
 from dmoe.ops.fp8 import round_rows, round_weights
 
 fp8 = pytest.importorskip("dmoe_kernels.fp8")
+configs = pytest.importorskip("dmoe_kernels.configs")
+gemm = pytest.importorskip("dmoe_kernels.fp8_gemm")
 
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("these kernels are for tensor cores of sm_90", allow_module_level=True)
@@ -99,6 +101,24 @@ def test_any_number_of_blocks(dim, ffn_dim, activation) -> None:
     """Tiles have two blocks of columns, of which the second may not be there."""
     inputs = make([3, 0, 18], torch.float32, activation, dim, ffn_dim)
     compare(inputs, activation, torch.float32)
+
+
+@pytest.mark.parametrize("size_n", [128, 384])
+def test_products_at_once_or_in_turn_are_the_same(size_n) -> None:
+    torch.manual_seed(0)
+    rows = fp8.quantize_rows(torch.randn(53, 256).to(DEVICE))
+    matrices = fp8.quantize_weights(torch.randn(4, size_n, 256).to(DEVICE))
+    counts = torch.tensor(COUNTS[0]).to(DEVICE)
+    config = configs._INTERPRETED
+    if DEVICE.type == "cuda":
+        config = configs.CANDIDATES["gemm_fp8"][0]
+    at_once, in_turn = (
+        gemm.grouped_gemm(
+            rows, matrices, counts, dtype=torch.float32, config=config._replace(block_n=block_n)
+        )
+        for block_n in (256, 128)
+    )
+    assert torch.equal(at_once, in_turn)
 
 
 def test_weights_may_be_wider_than_rows() -> None:
