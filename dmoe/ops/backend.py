@@ -25,10 +25,9 @@ def resolve_backend(
 ) -> ResolvedBackend:
     """Return the backend that is used on a device.
 
-    "auto" is what was found fastest. On a CPU torch's grouped GEMM compiles each product of narrow
-    dtypes anew, as no two have as many rows: there it is "loop", which keeps to few shapes. It is
-    "triton" for narrow dtypes on GPUs of sm_90, where its kernels were measured, and "torch"
-    elsewhere. Rows in float64 are always worked by "loop".
+    On a CPU torch's grouped GEMM compiles each product of narrow dtypes anew, as no two have as
+    many rows: there "auto" is "loop", which keeps to few shapes. It is not "triton" until its
+    kernels have been timed beside torch's on a GPU. Rows in float64 are always worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -43,11 +42,7 @@ def resolve_backend(
         return "loop"
     if backend != "auto":
         return backend
-    if dtype.itemsize < 4 and device.type == "cpu":
-        return "loop"
-    if dtype.itemsize < 4 and _is_installed("triton", "dmoe_kernels") and _is_sm_90(device):
-        return "triton"
-    return "torch"
+    return "loop" if device.type == "cpu" and dtype.itemsize < 4 else "torch"
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
@@ -58,12 +53,6 @@ def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
 @functools.cache
 def _is_installed(*packages: str) -> bool:
     return all(importlib.util.find_spec(name) for name in packages)
-
-
-def _is_sm_90(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check_triton(device: torch.device) -> None:

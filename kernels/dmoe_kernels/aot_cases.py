@@ -15,7 +15,6 @@ from dmoe_kernels import (
     fp8,
     fp8_gemm,
     fp8_up,
-    gluon_dz,
     gluon_outer,
     gluon_up,
     grouped_gemm,
@@ -152,7 +151,6 @@ _GLUON: dict[tuple[str, str], dict[str, str | bool]] = {
     ("up", "swiglu"): _GATED | {"a": "bf16", "a_rows": "bf16[64,128]", "TRANSPOSED": True},
     ("gemm", "down"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[128,64]", "TRANSPOSED": True},
     ("gemm", "dx"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[64,256]", "TRANSPOSED": False},
-    ("dz", "swiglu"): {"w_rows": "bf16[64,256]"},
     ("outer", "dw_down"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
     ("outer", "dw_up"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
 }
@@ -163,26 +161,17 @@ def _in_gluon(name: str, form: str, config: Config) -> Case:
     pointers = {key: value for key, value in given.items() if isinstance(value, str)}
     constants = {key: value for key, value in given.items() if isinstance(value, bool)}
     constants |= {"STAGES": config.stages, "GROUP_M": config.group_m}
-    if name == "dz":
-        kernel = gluon_dz.dz_kernel
-        pointers |= dict.fromkeys(("dy", "z", "dz_", "a"), "bf16") | _TILES
-        pointers |= {"weights": "fp32", "parts": "fp32"}
-        for registers in ("LOAD_REGISTERS", "FINISH_REGISTERS", "MULTIPLY_REGISTERS"):
-            constants[registers] = getattr(gluon_dz, registers)
-    elif name == "outer":
-        kernel, shape = gluon_outer.outer_kernel, gluon_outer.form_of(config)
-        gather_a = form == "dw_down"
-        left_is_a = shape.gather_wide is None or shape.gather_wide != gather_a
-        gather_left = left_is_a == gather_a
-        pointers["in_order"] = f"bf16[{shape.rows},{256 if gather_left else 64}]"
+    if name == "outer":
+        kernel, gather_a = gluon_outer.outer_kernel, form == "dw_down"
+        left_is_a = gluon_outer.left_side_is_a(config, gather_a)
+        gather_left, groups = left_is_a == gather_a, config.block_m // 64
+        pointers["in_order"] = f"bf16[64,{256 if gather_left else 64}]"
         pointers["out_rows"] = "bf16[64,128]" if left_is_a else "bf16[128,64]"
-        del constants["GROUP_M"]
-        constants |= {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": shape.groups}
-        constants |= {"ROWS": shape.rows, "STAGING": shape.staging, "LAG": shape.lag}
-        constants |= {"GROUP_SIZE": shape.group, "LOAD_WARPS": shape.load_warps}
-        constants |= {"LOAD_REGISTERS": shape.load_registers}
-        split = register_split(shape.groups, shape.load_warps, shape.load_registers)
-        constants |= {"MULTIPLY_REGISTERS": split}
+        constants = {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": groups}
+        constants |= {"STAGES": config.stages, "GROUP_SIZE": config.group_m}
+        warps, registers = gluon_outer.LOAD_WARPS, gluon_outer.load_registers(config)
+        constants |= {"LOAD_WARPS": warps, "LOAD_REGISTERS": registers}
+        constants |= {"MULTIPLY_REGISTERS": register_split(groups, warps, registers)}
     else:
         kernel = gluon_up.forward_kernel
         pointers |= {"z": "bf16", "z_rows": "bf16[64,128]", "table": "i32", "offsets": "i32"}

@@ -67,7 +67,6 @@ CANDIDATES = {
     ],
     "dz": [
         Config(128, 128, 64, 8, 4),
-        Config(128, 256, 64, 4, 3, 16, gluon=True),
         Config(128, 64, 64, 8, 4),
         Config(128, 64, 64, 8, 3),
         Config(128, 64, 64, 8, 2),
@@ -76,11 +75,11 @@ CANDIDATES = {
     ],
     # The first block is that of the side whose rows lie in order.
     "outer": [
+        Config(128, 256, 64, 4, 4, 8, gluon=True),
+        Config(192, 256, 64, 4, 3, 8, gluon=True),
         Config(256, 128, 64, 8, 3, 4, tma=True),
         Config(256, 128, 64, 8, 3, 8, tma=True),
         Config(128, 256, 64, 8, 3, 8, tma=True),
-        Config(128, 256, 64, 4, 4, 8, gluon=True),
-        Config(192, 256, 64, 4, 3, 8, gluon=True),
         Config(256, 128, 64, 8, 4),
         Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),

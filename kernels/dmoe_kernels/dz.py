@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels import gluon_dz
 from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
-from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 
@@ -37,11 +35,7 @@ def dz(
     (num_experts, dim, ffn_dim), num_rows = w_down_EDF.shape, len(index_R)
     if config is None:
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-        gluon = activation == "swiglu" and suits_gluon(dy_ND, w_down_EDF, transposed=False)
-        config = choose("dz", dy_ND.dtype, shape, dy_ND.device, gluon=gluon)
-    if config.gluon:
-        assert activation == "swiglu"
-        return gluon_dz.dz(dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, config, tiles)
+        config = choose("dz", dy_ND.dtype, shape, dy_ND.device)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)

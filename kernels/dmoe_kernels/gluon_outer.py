@@ -1,8 +1,8 @@
 """The experts' weight gradient for sm_90 in Gluon: warps that load, and warps that multiply.
 
-One program a multiprocessor takes tile after tile of 128 (or 192) by 256 numbers of a^T b. One
+One program a multiprocessor takes tile after tile of 128 or 192 by 256 numbers of a^T b. One
 warpgroup loads rows of both sides into a ring of stages: those of the side in order by TMA, those
-of the other through the index, by asynchronous copies (TMA cannot gather on sm_90). Two (or three)
+of the other through the index, by asynchronous copies (TMA cannot gather on sm_90). Two or three
 warpgroups multiply, each 64 columns of the left side with 256 of the right one; tensor cores read
 both transposed. Left is a, or b: then the product is the transpose, and is turned as it is stored.
 
@@ -12,7 +12,7 @@ stores its results, the others multiply, and the stages of the next tile are loa
 Shapes: R routed rows, E experts, (M, N) a gradient.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -42,26 +42,7 @@ if gluon:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
-class Form(NamedTuple):
-    """How the kernel is built; none of it changes the results."""
-
-    gather_wide: bool | None = None
-    """Whether the side that is gathered has 256 columns of a tile; if None, b has them."""
-    groups: int = 2
-    """Warpgroups that multiply, 64 columns of the narrow side each."""
-    stages: int = 4
-    """Of the ring; one of 64 rows takes 32 KiB and 8 KiB a group."""
-    rows: int = 64
-    """Rows of a stage."""
-    staging: int = 1
-    """Buffers, 1 or 2, of 16 KiB in which each multiplying warpgroup collects what it stores."""
-    lag: int = 2
-    """Stages by which each warpgroup starts later than the one before."""
-    group: int = 8
-    """Tiles along the narrow side that share a block of the wide one in L2."""
-    load_warps: int = 4
-    load_registers: int = 56
-    """Of a thread that loads; those that multiply share the rest."""
+LOAD_WARPS = 4
 
 
 def outer(
@@ -72,36 +53,41 @@ def outer(
     *,
     gather_a: bool,
     dtype: torch.dtype,
-    form: Form | None = None,
+    config: Config,
 ) -> Tensor:
     """Return (E, M, N), a^T b over the rows of each expert, as `grouped_gemm.grouped_outer` does.
+
+    A config of 128 numbers has them of a, and the 256 of b. One of 192 has them of the side in
+    order: more columns of the side that is gathered take fewer copies, and where that is a, the
+    transpose is computed.
 
     Raises:
         RuntimeError: the kernel is not for this device, dtype or shape.
     """
-    form = form or Form()
     check_suited(a_RM, b_RN)
     if dtype not in (a_RM.dtype, torch.float32):
         raise RuntimeError(f"this kernel writes {a_RM.dtype} or float32, not {dtype}")
-    _, narrow, wide = _sides(a_RM, b_RN, gather_a, form)
-    size_l, size_r = narrow.shape[1], wide.shape[1]
-    if size_l % (64 * form.groups) or size_r % 256:
-        raise RuntimeError(
-            f"{size_l} is no multiple of {64 * form.groups}, or {size_r} none of 256"
-        )
+    left_is_a = left_side_is_a(config, gather_a)
+    left, right = (a_RM, b_RN) if left_is_a else (b_RN, a_RM)
+    size_l, size_r = left.shape[1], right.shape[1]
+    if size_l % config.block_m or size_r % 256:
+        raise RuntimeError(f"{size_l} is no multiple of {config.block_m}, or {size_r} none of 256")
     shape = (len(offsets) - 2, a_RM.shape[1], b_RN.shape[1])
     if not len(index_R):
         return a_RM.new_zeros(shape, dtype=dtype)
     out = a_RM.new_empty(shape, dtype=dtype)
-    _launch(a_RM, b_RN, index_R, offsets, out, gather_a, form)
+    _launch(left, right, index_R, offsets, out, left_is_a, left_is_a == gather_a, config)
     return out
 
 
-def form_of(config: Config) -> Form:
-    """Return the form of a config: 192 numbers take three warpgroups that multiply."""
-    if config.block_m == 192:
-        return Form(True, 3, config.stages, lag=1, group=config.group_m, load_registers=32)
-    return Form(stages=config.stages, group=config.group_m)
+def left_side_is_a(config: Config, gather_a: bool) -> bool:
+    """Say whether a is the side of which a tile has 128 or 192 numbers, b that of 256."""
+    return config.block_m == 128 or not gather_a
+
+
+def load_registers(config: Config) -> int:
+    """Return the registers of a thread that loads; those that multiply share the rest."""
+    return 56 if config.block_m == 128 else 32
 
 
 def suits_gluon_outer(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
@@ -114,35 +100,29 @@ def suits_gluon_outer(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return sizes and dtype in (a.dtype, torch.float32)
 
 
-def _sides(a: Tensor, b: Tensor, gather_a: bool, form: Form) -> tuple[bool, Tensor, Tensor]:
-    """Return whether the narrow side is a, and both sides."""
-    left_is_a = form.gather_wide is None or form.gather_wide != gather_a
-    return (True, a, b) if left_is_a else (False, b, a)
-
-
 def _launch(
-    a: Tensor,
-    b: Tensor,
+    left: Tensor,
+    right: Tensor,
     index: Tensor,
     offsets: Tensor,
     out: Tensor,
-    gather_a: bool,
-    form: Form,
+    left_is_a: bool,
+    gather_left: bool,
+    config: Config,
 ) -> None:
-    left_is_a, narrow, wide = _sides(a, b, gather_a, form)
-    gather_left = left_is_a == gather_a
     num_experts, _, size_n = out.shape
-    dtype = gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16
+    dtype = gl.bfloat16 if left.dtype == torch.bfloat16 else gl.float16
 
     def described(of: Tensor, block: list[int], element: Any) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for(block, element)
         return TensorDescriptor.from_tensor(of, block, layout)
 
     stored = [64, 256 // out.itemsize]
-    tiles = num_experts * (narrow.shape[1] // (64 * form.groups)) * (wide.shape[1] // 256)
-    outer_kernel[(num_programs(a.device, tiles),)](
-        narrow if gather_left else wide,
-        described(*((wide, [form.rows, 256]) if gather_left else (narrow, [form.rows, 64])), dtype),
+    groups = config.block_m // 64
+    tiles = num_experts * (left.shape[1] // config.block_m) * (right.shape[1] // 256)
+    outer_kernel[(num_programs(left.device, tiles),)](
+        left if gather_left else right,
+        described(right, [64, 256], dtype) if gather_left else described(left, [64, 64], dtype),
         described(
             out.view(-1, size_n),
             stored if left_is_a else stored[::-1],
@@ -151,19 +131,16 @@ def _launch(
         index,
         offsets,
         num_experts,
-        narrow.shape[1],
-        wide.shape[1],
+        left.shape[1],
+        right.shape[1],
         GATHER_LEFT=gather_left,
         LEFT_IS_A=left_is_a,
-        GROUPS=form.groups,
-        STAGES=form.stages,
-        ROWS=form.rows,
-        STAGING=form.staging,
-        LAG=form.lag,
-        GROUP_SIZE=form.group,
-        LOAD_WARPS=form.load_warps,
-        LOAD_REGISTERS=form.load_registers,
-        MULTIPLY_REGISTERS=register_split(form.groups, form.load_warps, form.load_registers),
+        GROUPS=groups,
+        STAGES=config.stages,
+        GROUP_SIZE=config.group_m,
+        LOAD_WARPS=LOAD_WARPS,
+        LOAD_REGISTERS=load_registers(config),
+        MULTIPLY_REGISTERS=register_split(groups, LOAD_WARPS, load_registers(config)),
         num_warps=4,
     )
 
@@ -202,7 +179,6 @@ def _load(
     GATHER_LEFT: tl.constexpr,
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     LOAD_WARPS: tl.constexpr,
 ):
@@ -215,7 +191,7 @@ def _load(
     # 8 threads copy 128 bytes of a row, 16 bytes each.
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [LOAD_WARPS, 1], [1, 0])
     columns: gl.constexpr = 64 if GATHER_LEFT else 256
-    offsets_k = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    offsets_k = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     offsets_c = gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -229,15 +205,15 @@ def _load(
         )
         rows = begin + offsets_k
         source = gl.load(index + rows, mask=rows < end, other=0).to(gl.int32)
-        for row in range(begin, end, ROWS):
+        for row in range(begin, end, 64):
             rows = row + offsets_k
             # What is multiplied with rows of another expert must be zero.
             inside = (rows < end)[:, None]
-            after = rows + ROWS
+            after = rows + 64
             source_next = gl.load(index + after, mask=after < end, other=0).to(gl.int32)
             mbarrier.wait(freed.index(stage), phase ^ 1)
             full = filled.index(stage)
-            mbarrier.expect(full, ROWS * (512 if GATHER_LEFT else 128 * GROUPS))
+            mbarrier.expect(full, 32768 if GATHER_LEFT else 8192 * GROUPS)
             starts = gathered + source.to(gl.int64)[:, None] * size
             if GATHER_LEFT:
                 tma.async_copy_global_to_shared(
@@ -279,7 +255,7 @@ def _halves(acc, WIDTH: tl.constexpr):
 
 
 @jit
-def _put(acc, staging, out_rows, row, col, LEFT_IS_A: tl.constexpr, FIRST, STAGING):
+def _put(acc, staging, out_rows, row, col, LEFT_IS_A: tl.constexpr):
     """Store (64, 256) numbers, those of `row` and `col` on, through shared memory."""
     dtype: gl.constexpr = out_rows.dtype
     WIDTH: gl.constexpr = 2048 // dtype.primitive_bitwidth
@@ -287,17 +263,16 @@ def _put(acc, staging, out_rows, row, col, LEFT_IS_A: tl.constexpr, FIRST, STAGI
     if WIDTH == 64:
         pieces = _halves(pieces[0], 64) + _halves(pieces[1], 64)
     for piece in gl.static_range(256 // WIDTH):
-        buffer = staging.index(FIRST + piece % STAGING)
         number = pieces[piece].to(dtype)
-        tma.store_wait(STAGING - 1)
+        tma.store_wait(0)
         if LEFT_IS_A:
-            buffer.store(number)
+            staging.store(number)
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_rows, [row, col + piece * WIDTH], buffer)
+            tma.async_copy_shared_to_global(out_rows, [row, col + piece * WIDTH], staging)
         else:
-            buffer.store(number.permute((1, 0)))
+            staging.store(number.permute((1, 0)))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_rows, [row + piece * WIDTH, col], buffer)
+            tma.async_copy_shared_to_global(out_rows, [row + piece * WIDTH, col], staging)
 
 
 @jit
@@ -309,10 +284,7 @@ def _multiply(
     LEFT_IS_A: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    LAG: tl.constexpr,
     STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGING: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
     """Multiply 64 columns of the left side of each tile, and store them."""
@@ -331,11 +303,11 @@ def _multiply(
     if GROUP > 0:
         # The lead that the warpgroup before has now, it keeps: while one of them stores, the
         # others multiply. A first tile of fewer stages gives none.
-        behind: gl.constexpr = min(GROUP * LAG, STAGES - 1)
-        mbarrier.wait(filled.index(behind), 0, pred=end - begin > ROWS * behind)
+        behind: gl.constexpr = 2 if GROUPS == 2 else GROUP
+        mbarrier.wait(filled.index(behind), 0, pred=end - begin > 64 * behind)
     for tile in range(gl.program_id(0), total, programs):
         acc = gl.zeros((64, 256), gl.float32, layout=wide)
-        for row in range(begin, end, ROWS):
+        for row in range(begin, end, 64):
             mbarrier.wait(filled.index(stage), phase)
             # Rows were written by ordinary copies, and tensor cores read shared memory through the
             # asynchronous proxy. The barrier orders the copies before this thread, the fence
@@ -363,7 +335,7 @@ def _multiply(
             row, col = expert * size_l + top, right
         else:
             row, col = expert * size_r + right, top
-        _put(acc, staging, out_rows, row, col, LEFT_IS_A, GROUP * STAGING, STAGING)
+        _put(acc, staging.index(GROUP), out_rows, row, col, LEFT_IS_A)
         expert, begin, end, left, right = (
             expert_next,
             begin_next,
@@ -388,9 +360,6 @@ def outer_kernel(
     LEFT_IS_A: tl.constexpr,
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGING: tl.constexpr,
-    LAG: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     LOAD_WARPS: tl.constexpr,
     LOAD_REGISTERS: tl.constexpr,
@@ -400,13 +369,11 @@ def outer_kernel(
     dtype: gl.constexpr = gathered.dtype.element_ty
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     out_dtype: gl.constexpr = out_rows.dtype
-    left_ring = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, ROWS, 64], rows)
-    right_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, 256], rows)
+    left_ring = gl.allocate_shared_memory(dtype, [GROUPS * STAGES, 64, 64], rows)
+    right_ring = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], rows)
     width: gl.constexpr = 2048 // out_dtype.primitive_bitwidth
     shape: gl.constexpr = [64, width] if LEFT_IS_A else [width, 64]
-    staging = gl.allocate_shared_memory(
-        out_dtype, [GROUPS * STAGING, shape[0], shape[1]], out_rows.layout
-    )
+    staging = gl.allocate_shared_memory(out_dtype, [GROUPS, shape[0], shape[1]], out_rows.layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -423,11 +390,11 @@ def outer_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stored, sizes, rings, barriers,
-                             LEFT_IS_A, 2, 0, LAG, STAGES, ROWS, STAGING, GROUP_SIZE)),
+                             LEFT_IS_A, 2, 0, STAGES, GROUP_SIZE)),
                 (_multiply, (stored, sizes, rings, barriers,
-                             LEFT_IS_A, 2, 1, LAG, STAGES, ROWS, STAGING, GROUP_SIZE)),
+                             LEFT_IS_A, 2, 1, STAGES, GROUP_SIZE)),
                 (_load, (sources, sizes, rings, barriers,
-                         GATHER_LEFT, 2, STAGES, ROWS, GROUP_SIZE, LOAD_WARPS)),
+                         GATHER_LEFT, 2, STAGES, GROUP_SIZE, LOAD_WARPS)),
             ],
             [4, LOAD_WARPS],
             [MULTIPLY_REGISTERS, LOAD_REGISTERS],
@@ -436,13 +403,13 @@ def outer_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (stored, sizes, rings, barriers,
-                             LEFT_IS_A, 3, 0, LAG, STAGES, ROWS, STAGING, GROUP_SIZE)),
+                             LEFT_IS_A, 3, 0, STAGES, GROUP_SIZE)),
                 (_multiply, (stored, sizes, rings, barriers,
-                             LEFT_IS_A, 3, 1, LAG, STAGES, ROWS, STAGING, GROUP_SIZE)),
+                             LEFT_IS_A, 3, 1, STAGES, GROUP_SIZE)),
                 (_multiply, (stored, sizes, rings, barriers,
-                             LEFT_IS_A, 3, 2, LAG, STAGES, ROWS, STAGING, GROUP_SIZE)),
+                             LEFT_IS_A, 3, 2, STAGES, GROUP_SIZE)),
                 (_load, (sources, sizes, rings, barriers,
-                         GATHER_LEFT, 3, STAGES, ROWS, GROUP_SIZE, LOAD_WARPS)),
+                         GATHER_LEFT, 3, STAGES, GROUP_SIZE, LOAD_WARPS)),
             ],
             [4, 4, LOAD_WARPS],
             [MULTIPLY_REGISTERS, MULTIPLY_REGISTERS, LOAD_REGISTERS],

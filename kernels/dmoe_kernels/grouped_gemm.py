@@ -13,7 +13,7 @@ from torch import Tensor
 from dmoe_kernels import gluon_outer, gluon_up
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
-from dmoe_kernels.gluon_outer import form_of, suits_gluon_outer
+from dmoe_kernels.gluon_outer import suits_gluon_outer
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
@@ -129,9 +129,8 @@ def grouped_outer(
         config = choose(kernel, a_RM.dtype, shape, a_RM.device, tma=tma, gluon=gluon)
     if config.gluon:
         assert out is None
-        form = form_of(config)
         return gluon_outer.outer(
-            a_RM, b_RN, index_R, offsets, gather_a=gather_a, dtype=dtype, form=form
+            a_RM, b_RN, index_R, offsets, gather_a=gather_a, dtype=dtype, config=config
         )
     block_k = scaled_k(config, a_RM.itemsize)
     block_m, block_n = config.block_m, config.block_n

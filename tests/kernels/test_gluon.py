@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from on_device import DEVICE  # first: it skips this file where Triton is missing
 from test_experts import run
 
 from dmoe.ops import RowMap, expert_ffn
@@ -22,7 +22,7 @@ COUNTS = ([1], [0, 1, 128, 129, 300], [64, 65, 0, 63], [0, 0, 0], [700, 0, 1, 20
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_equals_triton(monkeypatch, counts: list[int], dtype: torch.dtype) -> None:
-    """Products bit for bit; dZ starts from rounded numbers, so what follows it is close."""
+    """Bit for bit."""
     torch.manual_seed(0)
     dim, ffn_dim, sources, num_rows = 512, 256, 37, sum(counts) + 5
     index = torch.randint(sources, (num_rows,))
@@ -42,14 +42,12 @@ def test_equals_triton(monkeypatch, counts: list[int], dtype: torch.dtype) -> No
             fitting = configs._candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
             return next(c for c in fitting if c.gluon == (in_gluon and gluon))
 
-        for module in ("up", "dz", "grouped_gemm"):
+        for module in ("up", "grouped_gemm"):
             monkeypatch.setattr(f"dmoe_kernels.{module}.choose", choose)
         return run(expert_ffn, *inputs, "swiglu", backend="triton")
 
     got, want = result(in_gluon=True), result(in_gluon=False)
-    assert torch.equal(got[0], want[0])
-    for a, b in zip(got[1:], want[1:], strict=True):
-        assert_close(a, b, 5e-3)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="says what is missing where it cannot run")
