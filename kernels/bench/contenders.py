@@ -182,3 +182,5 @@ CONTENDERS: dict[str, Contender] = {
     "SonicMoE": sonicmoe,
     "MegaBlocks": megablocks,
 }
+PEERS = ("ScatterMoE", "Liger", "SonicMoE", "MegaBlocks")
+"""Packages with kernels of their own, of which some tune for minutes."""

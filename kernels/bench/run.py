@@ -9,7 +9,7 @@ import infinity
 import measure
 import torch
 import triton
-from contenders import CONTENDERS, Contender
+from contenders import CONTENDERS, PEERS, Contender
 from problem import SHAPES, TINY, Problem, Shape
 from tuning import tune
 
@@ -55,35 +55,45 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, deadline: float):
         self.options, self.deadline = options, deadline
-        self.rows: list[Row] = []
+        self.rows: dict[tuple[str, str], Row] = {}
         self.notes: list[str] = []
         self.neurons = ""
+        self.kept = ""
+        if options.out and options.add and options.out.exists():
+            self.kept = options.out.read_text()
         self.cublas = measure.cublas_tflops()
         print(f"{torch.cuda.get_device_name()}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
 
     def run(self) -> None:
-        """Measure the neurons of infinity-MoE, which take seconds, then shape after shape."""
+        """Measure the neurons of infinity-MoE, then all shapes beside torch, then beside peers.
+
+        Peers come last, as some tune for minutes. The page is written after each shape.
+        """
         parts = self.options.shapes or [""]
         if any(part.lower() in "infinity-moe" for part in parts):
             self.neurons = infinity.table(self.options.repeats)
-        for shape in SHAPES:
-            if not any(part.lower() in shape.name.lower() for part in parts):
-                continue
-            if time.monotonic() > self.deadline:
-                self.note(f"{shape.name}: not measured, the time was up")
-                continue
-            self.run_shape(shape)
-            torch.cuda.empty_cache()
+        plain = [name for name in CONTENDERS if name not in PEERS]
+        for names in (plain, ["ours", *PEERS]):
+            for shape in SHAPES:
+                if not any(part.lower() in shape.name.lower() for part in parts):
+                    continue
+                if time.monotonic() > self.deadline:
+                    which = "not measured" if names == plain else "not measured beside peers"
+                    self.note(f"{shape.name}: {which}, the time was up")
+                    continue
+                self.run_shape(shape, [n for n in names if n in (self.options.only or names)])
+                torch.cuda.empty_cache()
+                if self.options.out:
+                    self.options.out.write_text(self.document())
 
-    def run_shape(self, shape: Shape) -> None:
-        """Measure all contenders that can run, in turns."""
+    def run_shape(self, shape: Shape, names: list[str]) -> None:
+        """Measure those that can run, in turns; ours alone is measured once."""
         problem = Problem.make(shape, torch.device("cuda"), torch.bfloat16)
-        if self.options.tune:
+        if self.options.tune and (shape.name, "ours") not in self.rows:
             tune(problem)
         ready: dict[str, tuple[Contender, int, float]] = {}
-        for name, contender in CONTENDERS.items():
-            if self.options.only and name not in self.options.only:
-                continue
+        for name in names:
+            contender = CONTENDERS[name]
             try:
                 # The first runs compile and tune.
                 measure.whole_step(contender, problem, problem.leaves())()
@@ -95,6 +105,8 @@ class Bench:
                 ready[name] = (contender, saved, error)
             except Exception as error:  # a peer may fail in any way
                 self.note(f"{shape.name}, {name}: {type(error).__name__}: {error}".splitlines()[0])
+        if list(ready) == ["ours"] and (shape.name, "ours") in self.rows:
+            return
         leaves = problem.leaves()
         kinds = (measure.forward_step, measure.whole_step)
         forward, both = (
@@ -105,8 +117,9 @@ class Bench:
             for kind in kinds
         )
         for name, (_, saved, error) in ready.items():
-            self.rows.append(Row(shape, name, forward[name], both[name], saved, error))
-            print(self.line(self.rows[-1]), flush=True)
+            row = Row(shape, name, forward[name], both[name], saved, error)
+            self.rows[shape.name, name] = row
+            print(self.line(row), flush=True)
 
     def note(self, text: str) -> None:
         """Keep and print what the table has no number for."""
@@ -123,8 +136,8 @@ class Bench:
             f"| {row.saved / 1e6:.0f} | {row.error:.1e} |"
         )
 
-    def document(self, kept: str = "") -> str:
-        """Return the page, with the rows and sections of a page before that are not made anew."""
+    def document(self) -> str:
+        """Return the page, with the rows and sections of the page before that are not made anew."""
         head = (
             f"# Kernels on a GPU\n\n<!-- Written by `python kernels/bench`: do not edit. -->\n\n"
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
@@ -138,17 +151,18 @@ class Bench:
             "| of cuBLAS | saved MB | error |\n"
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         )
-        rows = [self.line(row) for row in self.rows]
-        made = {(row.shape.name, row.name) for row in self.rows}
+        rows = [self.line(row) for row in self.rows.values()]
         names = "|".join(re.escape(shape.name) for shape in SHAPES)
-        for line in re.findall(rf"^\| (?:{names}) \|.*$", kept, re.MULTILINE):
-            if tuple(line.strip("| ").split(" | ")[:2]) not in made:
+        for line in re.findall(rf"^\| (?:{names}) \|.*$", self.kept, re.MULTILINE):
+            if tuple(line.strip("| ").split(" | ")[:2]) not in self.rows:
                 rows.append(line)
         order = [shape.name for shape in SHAPES]
         rows.sort(key=lambda line: order.index(line.strip("| ").split(" | ")[0]))
         notes = self.notes + [
-            note for note in re.findall(r"^- (.*)$", kept, re.MULTILINE) if note not in self.notes
+            note
+            for note in re.findall(r"^- (.*)$", self.kept, re.MULTILINE)
+            if note not in self.notes
         ]
-        neurons = self.neurons or "".join(re.findall(r"\n## .*", kept, re.DOTALL))
+        neurons = self.neurons or "".join(re.findall(r"\n## .*", self.kept, re.DOTALL))
         listed = "".join(f"\n- {note}" for note in notes)
         return head + "\n".join(rows) + "\n" + (listed and f"{listed}\n") + neurons

@@ -78,3 +78,52 @@ print(max((ours - one).norm().item(), (other - one).norm().item()) / one.norm().
     # x and z in float32, gates, and the maps in int64.
     assert int(saved) == 4 * (37 * 32 + rows * width) + 4 * rows + 8 * (3 * rows + 37 + 1 + experts)
     assert row == ("| Qwen3-30B-A3B | ours | 5.00 | 495 | 15.00 | 495 | 71% | 1000 | 1.0e-03 |")
+
+
+@interpreted
+def test_peers_come_last_and_other_rows_of_a_page_stay(tmp_path: Path) -> None:
+    code = """
+import argparse, sys, time
+from pathlib import Path
+import torch, run
+from problem import SHAPES
+torch.cuda.get_device_name = lambda: "Some GPU"
+run.measure.cublas_tflops = lambda: 700.0
+page = Path(sys.argv[1])
+calls = []
+
+class Bench(run.Bench):
+    def run_shape(self, shape, names):
+        calls.append(names)
+        for name in names:
+            self.rows[shape.name, name] = run.Row(shape, name, len(calls), 9.0, 10**6, 1e-3)
+
+def run_with(deadline, **options):
+    options = {"shapes": None, "only": None, "tune": False, "repeats": 3} | options
+    bench = Bench(argparse.Namespace(out=page, **options), deadline)
+    bench.neurons = "\\n## Neurons\\n"
+    bench.run()
+    return page.exists() and page.read_text()
+
+late = time.monotonic() + 1e6
+first = run_with(late, shapes=["Qwen3"], add=False)
+assert calls[0] == calls[1] == ["ours", "torch loop", "grouped_mm", "transformers"], calls
+assert calls[2] == ["ours", *run.PEERS] and len(calls) == 4
+assert first.count("| Qwen3-30B-A3B | ours |") == 1 and first.count("\\n| ") == 18
+second = run_with(late, shapes=["OLMoE"], only=["ours", "Liger"], add=True)
+rows = [line for line in second.splitlines() if line.startswith("| ")][2:]
+assert [row.split(" | ")[0] for row in rows[:8]] == ["| Qwen3-30B-A3B"] * 8
+assert [row.split(" | ")[:2] for row in rows[8:10]] == [
+    ["| OLMoE-1B-7B", "ours"], ["| OLMoE-1B-7B", "Liger"]
+], rows
+assert second.endswith("\\n## Neurons\\n")
+calls.clear()
+page = page.with_name("other.md")
+run_with(0.0, shapes=["OLMoE"], add=False)
+assert not calls and not page.exists()
+print("held")
+"""
+    paths = f"{BENCH}{os.pathsep}{ROOT / 'kernels'}"
+    page = str(tmp_path / "page.md")
+    result = run("-c", code, page, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    assert result.stdout.endswith("time was up\nheld\n"), result.stdout + result.stderr
