@@ -78,8 +78,9 @@ class MoEConfig(ConfigModel):
     of compute capability 9 (H100, H200); "torch" and "loop" compute the same numbers, slowly."""
     backend: Backend = "auto"
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
-    after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too, "megablocks" the grouped GEMM of the package of that name. "auto" is
-    "torch", and on a CPU in narrow dtypes "loop", which is the faster there."""
+    after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too,
+    "megablocks" the grouped GEMM of the package of that name. "auto" is "torch", and on a CPU in
+    narrow dtypes "loop", which is the faster there."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":
