@@ -34,11 +34,15 @@ class CapacityConfig(ConfigModel):
     """The tokens among which capacity is divided; a number is that of consecutive tokens of a
     micro-batch (the local groups of GShard), of which the last group may have fewer."""
 
+    slots: Literal["used", "all"] = "used"
+    """Which slots the factor is of: "used" those that tokens ask for, which may be fewer than K
+    each; "all" K of each token, though it may not use its second (GShard's random one)."""
+
     def rule(self, context: MoEContext, num_tokens: int) -> CapacityRule:
         """Return what holds in a pass over so many tokens."""
         factor = self.factor if context.training else self.eval_factor or self.factor
         group_size = group_size_of(self.group, context, num_tokens)
-        return CapacityRule(factor, self.minimum, group_size, self.policy)
+        return CapacityRule(factor, self.minimum, group_size, self.policy, self.slots)
 
 
 def apply_capacity(

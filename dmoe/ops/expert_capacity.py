@@ -16,7 +16,7 @@ class CapacityRule(NamedTuple):
     """How many slots an expert has in a group, and who goes first."""
 
     factor: float
-    """Capacity = factor x used slots of the group / E, rounded up."""
+    """Capacity = factor x slots of the group / E, rounded up."""
     minimum: int
     """Slots that an expert always has."""
     group_size: int
@@ -24,6 +24,8 @@ class CapacityRule(NamedTuple):
     policy: Literal["position", "score"]
     """Who goes first: "position" all first choices in the order of the tokens, then all second
     ones; "score" the largest gates, ties by token and choice."""
+    slots: Literal["used", "all"] = "used"
+    """Which slots are counted: those that are used, or all K of each token that uses any."""
 
 
 def keep_slots(
@@ -50,8 +52,11 @@ def keep_slots(
     # Whole groups: tokens past the last have unused slots.
     ids_TK = F.pad(expert_ids_TK, (0, 0, 0, -num_tokens % size), value=-1)
     ids_GS = ids_TK.view(-1, size * top_k)
-    num_used_G = (ids_GS >= 0).sum(1)
-    capacity_G = (rule.factor * num_used_G.double() / num_experts).ceil().clamp(min=rule.minimum)
+    used_GTK = ids_GS.view(-1, size, top_k) >= 0
+    if rule.slots == "all":
+        used_GTK = used_GTK.any(2, keepdim=True).expand_as(used_GTK)
+    num_slots_G = used_GTK.sum((1, 2))
+    capacity_G = (rule.factor * num_slots_G.double() / num_experts).ceil().clamp(min=rule.minimum)
     if rule.policy == "score":
         gates_TK = weights_TK.masked_fill(expert_ids_TK < 0, -torch.inf)
         gates_TK = F.pad(gates_TK, (0, 0, 0, -num_tokens % size), value=-torch.inf)
@@ -91,7 +96,10 @@ def keep_slots_loop(
     for start in range(0, num_tokens, rule.group_size):
         tokens = range(start, min(start + rule.group_size, num_tokens))
         slots = [(t, k) for k in range(top_k) for t in tokens if ids_TK[t, k] >= 0]
-        wanted = rule.factor * len(slots) / num_experts
+        counted = len(slots)
+        if rule.slots == "all":
+            counted = top_k * len({t for t, _ in slots})
+        wanted = rule.factor * counted / num_experts
         capacity = max(rule.minimum, -int(-wanted // 1))
         if rule.policy == "score":
             slots = sorted(sorted(slots), key=lambda slot: weights_TK[slot].item(), reverse=True)

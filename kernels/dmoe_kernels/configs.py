@@ -50,7 +50,7 @@ CANDIDATES = {
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 2),
         Config(64, 128, 64, 4, 4),
-        Config(64, 128, 32, 4, 2),
+        Config(64, 64, 32, 4, 2),
     ],
     "gemm": [
         Config(128, 256, 64, 8, 3, 8, tma=True),

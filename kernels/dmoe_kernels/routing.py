@@ -1,8 +1,8 @@
 """Routing: scores, selection of the k best experts, their gates, and the gradient of the logits.
 
 Selection and gates are two launches, as a selection is made once and gates are computed again where
-activations are. Divisions round to nearest: those of a GPU do not, and a gate that is the only one
-would not be 1. Shapes: T tokens, E experts, K slots per token.
+activations are. Gates are divided to nearest: a GPU's own division is not, and a gate that is the
+only one would not be 1. Shapes: T tokens, E experts, K slots per token.
 """
 
 import torch
@@ -149,7 +149,7 @@ def scores_of(logits, inside, SCORE: tl.constexpr):
         largest = tl.max(logits, 1)
         scores = tl.where(inside, tl.exp(logits - largest[:, None]), 0.0)
         total = tl.sum(scores, 1)
-        scores = tl.math.div_rn(scores, total[:, None])
+        scores = scores / total[:, None]
     else:
         scores = tl.where(inside, tl.sigmoid(logits), 0.0)
         largest = tl.zeros_like(tl.max(logits, 1))
@@ -263,7 +263,7 @@ def weigh_kernel(
         tl.load(logits + place, mask=inside, other=float("-inf")), inside, SCORE
     )
     if SCORE == "sigmoid":
-        scores = tl.math.div_rn(scores, tl.maximum(total, TINY)[:, None])
+        scores = scores / tl.maximum(total, TINY)[:, None]
     tl.store(scores_out + place, scores, mask=inside)
     gates, _ = raw_gates(
         logits,

@@ -50,6 +50,16 @@ def test_second_choices_come_after_all_first_ones_also_where_some_are_not_sent()
     assert kept_TK.tolist() == [[0, -1], [1, -1], [1, 0]]
 
 
+def test_capacity_may_count_all_slots_of_a_token() -> None:
+    """GShard: three tokens of two slots, two experts, factor 1: three slots an expert, not two."""
+    ids_TK = torch.tensor([[0, -1], [0, -1], [0, 1], [-1, -1]])
+    routing = routing_of(ids_TK, torch.ones(4, 2), num_experts=2)
+    for slots, kept in (("used", [0, 0, -1]), ("all", [0, 0, 0])):
+        config = CapacityConfig(factor=1.0, minimum=0, slots=slots)
+        kept_TK = kept_ids(routing, config, MoEContext(seq_len=4))
+        assert kept_TK[:3, 0].tolist() == kept
+
+
 def test_outside_training_the_factor_may_be_another() -> None:
     ids_TK = torch.zeros(4, 1, dtype=torch.int64)
     config = CapacityConfig(factor=1.0, eval_factor=2.0, minimum=0)

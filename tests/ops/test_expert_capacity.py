@@ -43,10 +43,10 @@ SCENARIOS = {
 @pytest.mark.parametrize("group_size", [24, 6, 4, 7, 100])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_equals_the_loop(policy, group_size, scenario) -> None:
-    for factor, minimum, top_k, seed in itertools.product(
-        [0.01, 0.5, 1.0, 1.25, 100.0], [0, 1, 4], [1, 3], range(2)
+    for factor, minimum, top_k, slots in itertools.product(
+        [0.01, 0.5, 1.0, 1.25, 100.0], [0, 1, 4], [1, 3], ["used", "all"]
     ):
-        rule = CapacityRule(factor, minimum, group_size, policy)
+        rule, seed = CapacityRule(factor, minimum, group_size, policy, slots), top_k
         ids_TK, weights_TK = random_ids(seed, top_k)
         ids_TK = SCENARIOS[scenario](ids_TK)
         arguments = (ids_TK, weights_TK[: len(ids_TK)], EXPERTS, rule)
