@@ -21,7 +21,7 @@ def softmax_of_chosen(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def softmax_then_chosen(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """OLMoE (arXiv 2409.02060), DeepSeekMoE (arXiv 2401.06066, eq. 4): probabilities as they are."""
+    """OLMoE (arXiv 2409.02060), DeepSeekMoE (arXiv 2401.06066, eq. 4): plain probabilities."""
     probs, ids_TK = logits_TE.softmax(-1).topk(k)
     return ids_TK, probs
 
@@ -48,7 +48,7 @@ def deepseek_v2(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def deepseek_v3(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """arXiv 2412.19437, eq. 12 to 16: sigmoid, four of eight groups by their two best, times 2.5."""
+    """arXiv 2412.19437, eq. 12 to 16: sigmoid, 4 of 8 groups by their two best, times 2.5."""
     scores_TE = logits_TE.sigmoid()
     ids_TK = in_groups(scores_TE, 8, 4, 2, k)
     chosen = scores_TE.gather(1, ids_TK)
