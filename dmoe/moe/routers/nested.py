@@ -38,6 +38,20 @@ class NestedConfig(RouterSection):
     sequences there goes by the tokens of a micro-batch that came to the expert."""
 
     @property
+    def balances_itself(self) -> bool:  # type: ignore[override]
+        """Whether both levels do: leaves are evenly loaded only if the outer experts are too."""
+        return self.outer.balances_itself and self.inner.balances_itself
+
+    @property
+    def warning(self) -> str:  # type: ignore[override]
+        """Those of both levels, by the keys that the levels have here."""
+        return " ".join(
+            section.warning.replace("model.moe.router.", f"model.moe.router.{level}.")
+            for level, section in (("outer", self.outer), ("inner", self.inner))
+            if section.warning
+        )
+
+    @property
     def fixed_k(self) -> int | None:
         """Leaves of every token, if both levels have a number."""
         outer, inner = self.outer.fixed_k, self.inner.fixed_k

@@ -152,6 +152,32 @@ def test_routers_of_both_levels_adapt_to_their_own_tokens() -> None:
         torch.testing.assert_close(module.thresholds(), expected.float(), check_dtype=False)
 
 
+def test_warnings_of_all_levels_are_told_by_their_keys() -> None:
+    deep = {"name": "nested", "groups": 2, "outer": {"name": "hash"}, "inner": {"name": "sinkhorn"}}
+    outer = {"name": "expert_choice", "factor": 1}
+    tree = {"name": "nested", "groups": 2, "outer": outer, "inner": deep}
+    warning = build(tree).router.config.warning
+    assert "model.moe.router.outer.name = expert_choice is not causal" in warning
+    assert "model.moe.router.inner.inner.name = sinkhorn is not causal in training" in warning
+    for name in ("batchwise", "base_layer"):
+        inner = {**TWO, "inner": {"name": name}}
+        moe = MoEConfig.model_validate({"num_experts": 8, "expert_ffn_dim": 8, "router": inner})
+        assert moe.used_router.warning.startswith(f"model.moe.router.inner.name = {name} is not")
+    assert build(TWO).router.config.warning == ""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "balanced"),
+    [("hash", "relu", True), ("top_k", "relu", False), ("hash", "top_k", False)],
+)
+def test_the_balance_loss_is_off_where_both_levels_balance_themselves(
+    outer: str, inner: str, balanced: bool
+) -> None:
+    router = {"name": "nested", "groups": 4, "outer": {"name": outer}, "inner": {"name": inner}}
+    tree = {"num_experts": 16, "expert_ffn_dim": 8, "router": router}
+    assert ("load_balance" not in MoEConfig.model_validate(tree).loss_weights()) == balanced
+
+
 def test_a_nested_router_in_yaml(tmp_path) -> None:
     path = tmp_path / "nested.yaml"
     path.write_text(
