@@ -159,9 +159,13 @@ class MoEContext:
         )
         if rows_R is None:
             return inner
-        token_ids_T, vocab_ids_T = self.token_ids_T, self.vocab_ids_T
+        token_ids_T, vocab_ids_T, totals = self.token_ids_T, self.vocab_ids_T, self.totals
+        if totals is not None:
+            # The rows of a micro-batch stand for one sequence, so there are as many of these.
+            totals = replace(totals, num_sequences=totals.num_micro_batches)
         return replace(
             inner,
+            totals=totals,
             seq_len=max(1, len(rows_R)),
             valid_T=None,
             token_ids_T=None if token_ids_T is None else token_ids_T[rows_R],

@@ -132,6 +132,22 @@ def test_each_router_has_noise_and_losses_of_its_own() -> None:
     assert not torch.equal(inner_ids[0][:, 0], outer)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_by_sequences_inside_goes_by_the_rows_of_a_micro_batch(depth: int) -> None:
+    """Of four sequences in two micro-batches; the weight of a loss does not depend on them."""
+    found = []
+    for scope in ("micro_batch", "sequence"):
+        tree = {"name": "noisy_top_k", "top_k": 1, "balance_scope": scope}
+        for _ in range(depth):
+            tree = {"name": "nested", "groups": 2, "outer": TOP_1, "inner": tree}
+        totals = BatchTotals(2 * TOKENS, 2 * TOKENS, 4, 2)
+        context = fresh(seq_len=TOKENS // 2, totals=totals)
+        found.append(build(tree).router(tokens(), context).losses)
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+    assert all(found[0].values())
+
+
 def test_routers_of_both_levels_adapt_to_their_own_tokens() -> None:
     bias = {"name": "top_k", "top_k": 1, "normalize": False, "bias_update_rate": 0.5}
     inner = {"name": "expert_threshold", "target_k": 1, "decay": 0.0}
