@@ -88,6 +88,9 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 
     num_tokens, num_experts = scores_TE.shape
     places = -(-num_tokens // num_experts)
-    scores = scores_TE.double().repeat_interleave(places, dim=1).cpu().numpy()
+    # The solver refuses what is not finite. Such a step is to be found out by its loss and skipped,
+    # as with any other router, so here any assignment will do.
+    scores_TE = scores_TE.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    scores = scores_TE.repeat_interleave(places, dim=1).cpu().numpy()
     _, columns = linear_sum_assignment(scores, maximize=True)
     return torch.from_numpy(columns // max(1, places)).to(scores_TE.device)

@@ -31,6 +31,17 @@ def test_by_hand() -> None:
     assert balanced_assignment(scores_TE).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_count_as_zero(bad: float) -> None:
+    """The gate stays as it is, so that the loss tells and the step is skipped."""
+    assert balanced_assignment(torch.tensor([[bad, 1.0], [0.0, 3.0]])).tolist() == [0, 1]
+    router = BaseLayerConfig(name="base_layer").build(dim=2, num_experts=2)
+    x_TD = torch.tensor([[2.0, 1.0], [float("nan"), 0.0]])
+    routing = router(x_TD, MoEContext(seq_len=2, totals=BatchTotals(2, 2, 1, 1)))
+    assert routing.counts_E.tolist() == [1, 1]
+    assert routing.weights_TK.isnan().flatten().tolist() == [False, True]
+
+
 def test_equal_scores_and_no_tokens() -> None:
     assert balanced_assignment(torch.zeros(4, 2)).tolist() == [0, 0, 1, 1]
     assert balanced_assignment(torch.zeros(0, 2)).tolist() == []
