@@ -6,7 +6,7 @@ Shapes: T cases, E experts, O outputs, C classes.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,33 @@ class AdaptiveMixture(nn.Module):
     """All experts see every case; the gate weighs them."""
 
     def __init__(self, experts: Sequence[nn.Module], gate: nn.Module):
-        """Take experts that map (T, ...) to (T, O), and a gate that maps it to (T, E) logits."""
+        """Take experts that map (T, ...) to (T, O), and a gate that maps it to (T, E) logits.
+
+        Raises:
+            ValueError: there are no experts.
+        """
+        if not experts:
+            raise ValueError("experts is empty: a mixture needs one at least")
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.gate = gate
 
     def forward(self, x: Tensor) -> MixtureOutput:
-        """Return the outputs of all experts and the gate's logits, for (T, ...) cases."""
-        outputs_TEO = torch.stack([expert(x) for expert in self.experts], dim=1)
-        return MixtureOutput(outputs_TEO, self.gate(x))
+        """Return the outputs of all experts and the gate's logits, for (T, ...) cases.
+
+        Raises:
+            ValueError: they have other shapes than (T, O) each and (T, E).
+        """
+        outputs, logits_TE = [expert(x) for expert in self.experts], self.gate(x)
+        shapes = sorted({tuple(output.shape) for output in outputs})
+        if len(shapes) > 1 or len(shapes[0]) != 2:
+            raise ValueError(
+                f"the experts return shapes {', '.join(map(str, shapes))}: all must return the "
+                f"same (cases, outputs)"
+            )
+        shape = (shapes[0][0], len(outputs))
+        _check_shape("the output of the gate", logits_TE, shape, "cases, experts")
+        return MixtureOutput(torch.stack(outputs, dim=1), logits_TE)
 
     def predict(self, x: Tensor) -> Tensor:
         """Return (T, O) sum_i p_i o_i, the mean of the mixture."""
@@ -68,7 +86,13 @@ def regression_loss(
         targets_TO: (T, O) targets.
         objective: "cooperative", |d - sum_i p_i o_i|^2 (eq. 1); "competitive", sum_i p_i |d -
             o_i|^2 (eq. 2); or "likelihood", -log sum_i p_i exp(-|d - o_i|^2 / 2) (eq. 3).
+
+    Raises:
+        ValueError: the objective is none of these, or the targets have another shape.
     """
+    _check_objective(objective)
+    num_cases, _, num_outputs = output.outputs_TEO.shape
+    _check_shape("targets_TO", targets_TO, (num_cases, num_outputs), "cases, outputs")
     if objective == "cooperative":
         return (targets_TO - blend(output)).square().sum(-1).mean()
     errors_TE = (targets_TO[:, None] - output.outputs_TEO).square().sum(-1)
@@ -87,7 +111,12 @@ def classification_loss(
         labels_T: (T,) int64 class of each case.
         objective: "cooperative", the cross-entropy of the blended logits sum_i p_i o_i;
             "competitive", sum_i p_i CE(o_i); or "likelihood", -log sum_i p_i softmax(o_i)_label.
+
+    Raises:
+        ValueError: the objective is none of these, or the labels have another shape.
     """
+    _check_objective(objective)
+    _check_shape("labels_T", labels_T, output.outputs_TEO.shape[:1], "cases")
     if objective == "cooperative":
         return F.cross_entropy(blend(output), labels_T)
     log_likelihoods_TE = _log_likelihoods(output, labels_T)
@@ -104,6 +133,20 @@ def responsibilities(logits_TE: Tensor, log_likelihoods_TE: Tensor) -> Tensor:
         log_likelihoods_TE: (T, E) of the target under each expert; -|d - o_i|^2 / 2 in regression.
     """
     return (logits_TE + log_likelihoods_TE).softmax(-1)
+
+
+def _check_objective(objective: str) -> None:
+    known = get_args(MixtureObjective)
+    if objective not in known:
+        raise ValueError(f"objective = {objective!r} is not one of {', '.join(known)}")
+
+
+def _check_shape(name: str, values: Tensor, shape: Sequence[int], dims: str) -> None:
+    # Other shapes would broadcast, and give a loss of something else.
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}, but must have {tuple(shape)}: ({dims})"
+        )
 
 
 def _log_likelihoods(output: MixtureOutput, labels_T: Tensor) -> Tensor:

@@ -109,6 +109,41 @@ def test_any_modules_can_be_experts(objective) -> None:
     assert all(parameter.grad.any() for parameter in mixture.parameters())
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_targets_of_another_shape_are_refused(objective) -> None:
+    """Those of (T,) would broadcast to (T, T), or to (T, E)."""
+    output, _ = random_cases()
+    with pytest.raises(ValueError, match=r"targets_TO has shape \(5,\), but must have \(5, 2\)"):
+        regression_loss(output, torch.zeros(5), objective)
+    with pytest.raises(ValueError, match=r"labels_T has shape \(1,\), but must have \(5,\)"):
+        classification_loss(output, torch.zeros(1, dtype=torch.int64), objective)
+
+
+@pytest.mark.parametrize("loss", [regression_loss, classification_loss])
+def test_an_objective_that_is_none_is_refused(loss) -> None:
+    output, targets_TO = random_cases()
+    targets = targets_TO if loss is regression_loss else torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="'liklihood' is not one of cooperative, competitive, lik"):
+        loss(output, targets, "liklihood")
+
+
+def test_experts_and_gates_that_do_not_fit_are_refused() -> None:
+    def mixture(*outputs: int, gate: int) -> AdaptiveMixture:
+        return AdaptiveMixture([nn.Linear(3, width) for width in outputs], nn.Linear(3, gate))
+
+    with pytest.raises(ValueError, match="experts is empty"):
+        mixture(gate=1)
+    for width in (1, 3):
+        message = rf"output of the gate has shape \(6, {width}\), but must have \(6, 2\)"
+        with pytest.raises(ValueError, match=message):
+            mixture(4, 4, gate=width).predict(torch.zeros(6, 3))
+    with pytest.raises(ValueError, match=r"return shapes \(6, 4\), \(6, 5\): all must"):
+        mixture(4, 5, gate=2)(torch.zeros(6, 3))
+    flat = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"return shapes \(6,\): all must"):
+        AdaptiveMixture([flat, flat], nn.Linear(3, 2))(torch.zeros(6, 3))
+
+
 def test_likelihood_gives_each_regime_an_expert() -> None:
     """y = x where x > 0 and y = -x + 1 elsewhere: two lines, and the gate learns which."""
     torch.manual_seed(0)
