@@ -141,10 +141,15 @@ class Config(ConfigModel):
             return self
         if moe.num_shards % self.parallel.ep:
             blocks = " blocks of model.moe.infinite" if moe.infinite else ""
+            given = f"model.moe.num_experts = {moe.num_shards}{blocks} is"
+            if moe.num_shards != moe.num_networks:
+                given = (
+                    f"model.moe.num_experts = {moe.num_experts} has {moe.num_shards} "
+                    f"{moe.used_router.shards} to divide over ranks, and {moe.num_shards} is"
+                )
             raise ConfigError(
-                f"model.moe.num_experts = {moe.num_shards}{blocks} is not a multiple of "
-                f"parallel.ep = {self.parallel.ep}, so the ranks cannot hold equally many: change "
-                f"either",
+                f"{given} not a multiple of parallel.ep = {self.parallel.ep}, so the ranks cannot "
+                f"hold equally many: change either",
                 key="model.moe.num_experts",
             )
         return self

@@ -38,6 +38,18 @@ CONFLICTS = {
         "model.moe.num_experts",
         ["model.moe.num_experts = 6", "parallel.ep = 4"],
     ),
+    "sub-keys": (
+        "parallel: {ep: 3}\nmodel:\n  moe:\n    num_experts: 10000\n    expert_ffn_dim: 1\n"
+        "    router: {name: peer}\n",
+        4,
+        "model.moe.num_experts",
+        [
+            "model.moe.num_experts = 10000 ",
+            "100 first sub-keys",
+            "100 is not a multiple of",
+            "ep = 3",
+        ],
+    ),
     "top_k": (
         "model:\n  moe:\n    num_experts: 4\n    expert_ffn_dim: 8\n"
         "    router: {name: top_k, top_k: 5}\n",

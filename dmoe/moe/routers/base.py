@@ -39,6 +39,8 @@ class RouterSection(ConfigModel):
     on unless it is given."""
     is_grouped: ClassVar[bool] = True
     """Whether the experts are networks that grouped GEMMs run."""
+    shards: ClassVar[str] = "parts"
+    """What `num_shards` counts where it is not the experts, to be told."""
     warning: ClassVar[str] = ""
     """What the user must know before training or using a model; told at start."""
 

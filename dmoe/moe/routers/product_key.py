@@ -34,6 +34,7 @@ class PeerConfig(RouterSection):
     takes_k: ClassVar[bool] = False
     balances_itself: ClassVar[bool] = True
     is_grouped: ClassVar[bool] = False
+    shards: ClassVar[str] = "first sub-keys"
 
     name: Literal["peer"]
     """Heads that look up single neurons by product keys."""
