@@ -11,8 +11,10 @@ from dmoe.data import prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "experiments"))
 import classics
+import classics_claims
 import classics_mixtures
-from classics_arms import ARMS, arm_config
+import experiment_page
+from classics_arms import ARMS, FACTORS, PLAIN, arm_config
 from classics_report import write_report
 
 TINY = [
@@ -59,13 +61,15 @@ def test_runs_are_measured_and_reported(out: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "| 0.1, 0.1 | 1 |" in page.read_text()
     assert "## Capacity" not in page.read_text(), "no run of it is there"
+    assert "| Without either loss the load is very uneven" in page.read_text()
+    assert "| stdlib | `builtin:stdlib`: " in page.read_text()
 
 
 def test_the_report_has_mean_and_spread(tmp_path: Path) -> None:
     rows = [
-        {"group": "top-1", "arm": "capacity 1", "steps": 2, "tokens": 10, "loss": loss}
-        | {"moe/drop_frac_mean": 0.5, "moe/load_max_over_mean_mean": 2.0}
-        for loss in (1.0, 2.0)
+        {"group": "top-1", "arm": "capacity 1", "seed": seed, "steps": 2, "tokens": 10}
+        | {"loss": loss, "moe/drop_frac_mean": 0.5, "moe/load_max_over_mean_mean": 2.0}
+        for seed, loss in enumerate([1.0, 2.0])
     ]
     write_report([], rows, tmp_path / "page.md")
     line = "| capacity 1 | 2 | 1.500 ± 0.707 | 0.500 ± 0.000 | 2.000 ± 0.000 |"
@@ -101,6 +105,72 @@ def test_the_likelihood_is_judged_seed_by_seed(tmp_path: Path) -> None:
         "against the competitive loss it is learned sooner in 2 and has more information in 1; "
         "against the network it is learned sooner in 0."
     ) in (tmp_path / "page.md").read_text()
+
+
+def _verdicts(claims: list[experiment_page.Claim]) -> dict[str, str]:
+    return {claim.words: claim.verdict for claim in claims}
+
+
+def test_claims_on_importance_and_load_by_hand() -> None:
+    """With no loss all is uneven and perplexity worst in seed 0; in seed 1 that is best."""
+    even = dict(zip(ARMS["importance and load"], (9, 1.5, 1.4, 1.3, 1.35, 1.2), strict=True))
+    rows = [
+        {"arm": arm, "seed": seed, "loss": 1 + load * (1 - 2 * seed)}
+        | {"moe/importance_loss": load, "moe/load_loss": load, "moe/load_max_over_mean_mean": load}
+        for arm, load in even.items()
+        for seed in (0, 1)
+    ]
+    verdicts = list(_verdicts(classics_claims.of_importance_and_load(rows)).values())
+    assert verdicts[:6] == ["holds in all 2"] * 6
+    assert verdicts[6:] == ["holds in 1 of 2"] * 2
+    rows = [row for row in rows if row["arm"] != "0, 0"]
+    verdicts = list(_verdicts(classics_claims.of_importance_and_load(rows)).values())
+    assert verdicts[0] == verdicts[1] == verdicts[-1] == "not measured"
+    assert verdicts[4] == "holds in all 2", "it needs no run without losses"
+
+
+def test_claims_on_capacity_by_hand() -> None:
+    rows = [
+        {"arm": f"capacity {factor:g}", "seed": seed, "moe/drop_frac_mean": 1 / factor}
+        | {"loss": 9.0 if (seed, factor) == (1, 0.75) else 4 - factor}
+        for factor in FACTORS
+        for seed in (0, 1)
+    ]
+    rows += [{"arm": PLAIN, "seed": seed, "loss": 3.0} for seed in (0, 1)]
+    verdicts = _verdicts(classics_claims.of_capacity(rows))
+    assert verdicts[
+        "Fewer tokens are dropped with each larger factor, 0.5, 0.75, 1, 1.25 and 2"
+    ] == ("holds in all 2")
+    assert verdicts["The loss improves with each larger factor"] == "holds in 1 of 2"
+    assert verdicts["Factor 0.75 is better than 0.5"] == "holds in 1 of 2"
+    assert verdicts["Factor 2 is better than 0.5"] == "holds in all 2"
+    assert verdicts["Dropping nothing is better than factor 2"] == "does not hold in any of 2"
+
+
+def test_claims_on_precision_and_scale_by_hand() -> None:
+    losses = {
+        PLAIN: (2.0, 2.2),
+        "router in bfloat16": (1.9, 2.5),
+        "initial scale 1": (1.0, 1.1),
+        "initial scale 0.1": (1.5, 1.5),
+    }
+    rows = [
+        {"arm": arm, "seed": seed, "loss": loss, "early_loss": 2 * loss - 0.2}
+        for arm, pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    claims = classics_claims.of_precision(rows)
+    assert [claim.verdict for claim in claims] == [
+        "does not hold in any of 2",
+        "holds in 1 of 2",
+        "holds",
+        "holds in 1 of 2",
+    ]
+    assert claims[-1].numbers == "0.1000 ± 0.2828 against 0.1414", "0.1 is less, 0.3 is not"
+    early = [claim.verdict for claim in classics_claims.of_scale(rows)][:3]
+    assert early == ["does not hold in any of 2", "holds in all 2", "holds"]
+    alone = classics_claims.of_scale([row for row in rows if row["seed"] == 0])
+    assert alone[2].verdict == "not measured", "one seed has no spread"
 
 
 def test_the_best_setting_learns_soonest() -> None:

@@ -19,8 +19,11 @@ import classics_mixtures
 import classics_runs
 import torch
 import typer
-from classics_arms import ARMS, SEEDS
+from classics_arms import ARMS, BASE, SEEDS
 from classics_report import PAGE, write_report
+from experiment_texts import texts_table
+
+from dmoe.config import load_config
 
 Json = dict[str, Any]
 Out = Annotated[Path, typer.Option(help="Folder of runs and numbers.")]
@@ -66,7 +69,10 @@ def train(
 @app.command()
 def report(out: Out, page: Annotated[Path, typer.Option(help="Where to write.")] = PAGE) -> None:
     """Write the page of all runs that are there."""
-    print(write_report(_rows(out / "mixtures.jsonl"), _rows(out / "language.jsonl"), page))
+    sources = load_config(BASE, []).data.sources
+    texts = texts_table({source.path.removeprefix("builtin:"): source.path for source in sources})
+    mixtures, language = _rows(out / "mixtures.jsonl"), _rows(out / "language.jsonl")
+    print(write_report(mixtures, language, page, texts=texts))
 
 
 def _once(path: Path, key: Json, perform: Callable[[], Json]) -> None:

@@ -1,7 +1,7 @@
 """Ways of balancing and of choosing experts, compared on bytes of several domains.
 
     python tools/experiments/classics_language.py train --out runs/classics --data NAME=FILE ...
-    python tools/experiments/classics_language.py report --out runs/classics
+    python tools/experiments/classics_language.py report --out runs/classics --data NAME=FILE ...
 
 Every micro-batch is of one domain, and a global batch has as many of each. `train` appends a line a
 run to OUT/runs.jsonl and skips what is there, so it can be stopped and started again; `report`
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from classics_language_report import write_report
+from experiment_texts import texts_table
 
 from dmoe.data import MicroBatch
 from dmoe.data.corpora import BUILTIN_STDLIB, open_corpus
@@ -210,7 +211,7 @@ def train(
 ) -> None:
     """Train all arms, one seed after the other."""
     torch.set_num_threads(1)
-    paths = dict(item.split("=", 1) for item in data or ()) | {"stdlib": BUILTIN_STDLIB}
+    paths = _paths(data)
     domains = Domains(paths, SEQ_LEN)
     out.mkdir(parents=True, exist_ok=True)
     results = out / "runs.jsonl"
@@ -233,11 +234,33 @@ def report(
     page: Annotated[Path, typer.Option(help="Where to write.")] = Path(
         "docs/results/classics_language.md"
     ),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE of a domain, as in training, to name its files; repeat."),
+    ] = None,
 ) -> None:
     """Write the page of all runs that are there."""
     rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     tokens_of_domain = SEQ_LEN * SEQUENCES * PER_DOMAIN
-    write_report(rows, page, list(ARMS["balance"]), list(ARMS["choice"]), tokens_of_domain)
+    balance, choice = list(ARMS["balance"]), list(ARMS["choice"])
+    texts = _texts(data, rows[0]["domains"]) if data else ""
+    write_report(rows, page, balance, choice, tokens_of_domain, texts=texts)
+
+
+def _paths(data: list[str] | None) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in data or ()) | {"stdlib": BUILTIN_STDLIB}
+
+
+def _texts(data: list[str], domains: list[str]) -> str:
+    """Name the files of the domains, which have to be those of the runs."""
+    paths = _paths(data)
+    if list(paths) != domains:
+        raise typer.BadParameter(f"the runs are of {domains}, and --data names {list(paths)}")
+    return (
+        f"\nTexts, as they were when this page was written; of each the first {MAX_BYTES:,} bytes "
+        f"are used,\nof which the last {HELD_OUT:.0%} are held out:\n\n"
+        f"{texts_table(paths, MAX_BYTES)}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 """Writes the page of `classics_language.py` from its runs."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-Json = dict[str, Any]
+from classics_language_claims import (
+    final_loss,
+    inequalities,
+    information,
+    num_chosen,
+    of_balance,
+    of_choice,
+    violation,
+)
+from experiment_page import Json, claims_table
 
 TEXT = """\
 # Balancing and choosing experts, on language
@@ -30,6 +39,12 @@ experts do not care for domains.
 {balance}
 
 {balance_found}
+
+### Claims
+
+Each is judged in every seed: it holds if the first number is below the second.
+
+{balance_claims}
 """
 
 CHOICE = """
@@ -44,13 +59,36 @@ between measurements.
 {choice}
 
 {choice_found}
+
+{inequalities}
+
+### Claims
+
+A step compares the losses at the end, and the others those after the time of the last column.
+
+{choice_claims}
 """
 
 
 def write_report(
-    rows: Sequence[Json], page: Path, balance: list[str], choice: list[str], tokens_of_domain: int
+    rows: Sequence[Json],
+    page: Path,
+    balance: list[str],
+    choice: list[str],
+    tokens_of_domain: int,
+    *,
+    texts: str = "",
 ) -> None:
-    """Write the page; a step has `tokens_of_domain` bytes of each domain."""
+    """Write the page.
+
+    Args:
+        rows: all runs.
+        page: where to write.
+        balance: arms of the first table.
+        choice: arms of the second.
+        tokens_of_domain: bytes of each domain in a step.
+        texts: what the domains are, if that is known.
+    """
     first = rows[0]
     by_arm = {(row["experiment"], row["arm"]): [] for row in rows}
     for row in rows:
@@ -60,28 +98,38 @@ def write_report(
         steps=first["steps"],
         tokens=tokens_of_domain * len(first["domains"]),
     )
+    text += texts
     balances = {arm: by_arm["balance", arm] for arm in balance if ("balance", arm) in by_arm}
     if balances:
         columns = {
-            "loss": (_loss, 4),
-            "maximal violation": (lambda row: row["max_violation"], 2),
-            "mutual information": (lambda row: row["mutual_information"], 3),
+            "loss": (final_loss, 4),
+            "maximal violation": (violation, 2),
+            "mutual information": (information, 3),
         }
         found = "\n\n".join(_ranking(balances, key) for key in ("loss", "max_violation"))
-        text += BALANCE.format(balance=_table(columns, balances), balance_found=found)
+        text += BALANCE.format(
+            balance=_table(columns, balances),
+            balance_found=found,
+            balance_claims=claims_table(of_balance(_runs(balances))),
+        )
     choices = {arm: by_arm["choice", arm] for arm in choice if ("choice", arm) in by_arm}
     if choices:
         limit = min(_mean(runs, _seconds) for runs in choices.values())
+        later = partial(loss_after, seconds=limit)
         columns = {
-            "loss": (_loss, 4),
-            "experts a token": (lambda row: row["mean_k"], 2),
+            "loss": (final_loss, 4),
+            "experts a token": (num_chosen, 2),
             "active parameters": (lambda row: row["active_params"], 0),
             "all parameters": (lambda row: row["total_params"], 0),
             "seconds": (_seconds, 1),
-            f"loss after {limit:.0f} s": (lambda row: loss_after(row, limit), 4),
+            f"loss after {limit:.0f} s": (later, 4),
         }
-        found = _ranking(choices, "loss")
-        text += CHOICE.format(choice=_table(columns, choices), choice_found=found)
+        text += CHOICE.format(
+            choice=_table(columns, choices),
+            choice_found=_ranking(choices, "loss"),
+            inequalities=inequalities(choices),
+            choice_claims=claims_table(of_choice(_runs(choices), later, limit)),
+        )
     missing = [
         arm
         for experiment, arms in (("balance", balance), ("choice", choice))
@@ -104,12 +152,12 @@ def loss_after(row: Json, seconds: float) -> float:
     return curve[-1]["loss"]
 
 
-def _loss(row: Json) -> float:
-    return row["curve"][-1]["loss"]
-
-
 def _seconds(row: Json) -> float:
     return row["curve"][-1]["seconds"]
+
+
+def _runs(arms: dict[str, list[Json]]) -> list[Json]:
+    return [run for runs in arms.values() for run in runs]
 
 
 def _mean(runs: Sequence[Json], value: Callable[[Json], float]) -> float:
@@ -117,7 +165,7 @@ def _mean(runs: Sequence[Json], value: Callable[[Json], float]) -> float:
 
 
 def _table(
-    columns: dict[str, tuple[Callable[[Json], float], int]], arms: dict[str, list[Json]]
+    columns: Mapping[str, tuple[Callable[[Json], float], int]], arms: dict[str, list[Json]]
 ) -> str:
     lines = ["| arm | seeds | " + " | ".join(columns) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(columns))
@@ -135,7 +183,7 @@ def _table(
 
 def _ranking(arms: dict[str, list[Json]], key: str) -> str:
     """Say the order of the arms, and whether the first is apart from the second."""
-    value = _loss if key == "loss" else lambda row: row[key]
+    value = final_loss if key == "loss" else lambda row: row[key]
     order = sorted(arms, key=lambda arm: _mean(arms[arm], value))
     best, second = (sorted(value(run) for run in arms[arm]) for arm in order[:2])
     apart = "the seeds of the first two overlap, so their order says nothing"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment_page import Claim, mean_and_spread, table
+from experiment_page import claims_table, mean_and_spread, table
 from infinite_arms import ARMS, SWEEP_ARMS, TRAINED_SAMPLES, Group
 from infinite_claims import of_ours, of_paper
 from infinite_plot import write_plot
@@ -79,9 +79,9 @@ def _text(text: Text) -> list[str]:
         f"{train['seq_len']} tokens, {run['tokens']:,} tokens in all, with every arm. "
         f"{run['machine']}; {run['date']}.",
         "### Which claims of the paper show",
-        _claims(of_paper(text)),
+        claims_table(of_paper(text)),
         "### What is ours",
-        _claims(of_ours(text)),
+        claims_table(of_ours(text)),
         "### Equal parameters, equal tokens",
         _losses(text, "compared"),
         "### Samples and experts at inference",
@@ -103,13 +103,6 @@ def _text(text: Text) -> list[str]:
         "that no token of the step uses.",
         _usage(text),
     ]
-
-
-def _claims(claims: Sequence[Claim]) -> str:
-    return table(
-        ["claim", "verdict", "what was compared"],
-        [[claim.words, claim.verdict, claim.numbers] for claim in claims],
-    )
 
 
 def _losses(text: Text, group: Group) -> str:
