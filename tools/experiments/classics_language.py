@@ -76,7 +76,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
                 "name": "relu",
                 "target_k": 4,
                 "penalty": 1e-5,
-                "penalty_factor": 1.02,
+                "penalty_factor": 1.0185,
             },
         },
         "expert threshold": {
