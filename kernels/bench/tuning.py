@@ -66,11 +66,15 @@ def tune(problem: Problem) -> None:
     ]
     for kernel, sizes, run in runs:
         key = (*sizes, num_experts, bucket)
-        best = tune_kernel(kernel, x.dtype, key, x.device, functools.partial(_milliseconds, run))
-        print(f"{shape.name}, {kernel} {sizes}: {best}", flush=True)
+        name = f"{shape.name}, {kernel} {sizes}"
+        measure = functools.partial(_milliseconds, name, run)
+        best = tune_kernel(kernel, x.dtype, key, x.device, measure)
+        print(f"{name}: {best}", flush=True)
 
 
-def _milliseconds(run: Callable[[Config], object], config: Config) -> float:
+def _milliseconds(name: str, run: Callable[[Config], object], config: Config) -> float:
     run(config)
     torch.cuda.synchronize()
-    return times_ms({"run": lambda: run(config)}, 10)["run"]
+    milliseconds = times_ms({"run": lambda: run(config)}, 10)["run"]
+    print(f"{name}: {milliseconds:.3f} ms, {config}", flush=True)
+    return milliseconds

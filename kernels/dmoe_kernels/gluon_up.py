@@ -22,9 +22,9 @@ from torch import Tensor
 from dmoe_kernels.common import num_programs
 from dmoe_kernels.configs import Config
 from dmoe_kernels.gluon_common import (
+    HAS_GLUON,
     check_suited,
     gl,
-    gluon,
     jit,
     next_stage,
     register_split,
@@ -32,7 +32,7 @@ from dmoe_kernels.gluon_common import (
 )
 from dmoe_kernels.tiles import Tiles, tile_rows
 
-if gluon:
+if HAS_GLUON:
     from triton.experimental.gluon.language.nvidia.hopper import (
         async_copy,
         fence_async_shared,
