@@ -79,8 +79,9 @@ class MoEConfig(ConfigModel):
     backend: Backend = "auto"
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
     after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too,
-    "megablocks" the grouped GEMM of the package of that name. "auto" is "torch", and on a CPU in
-    narrow dtypes "loop", which is the faster there."""
+    "megablocks" the grouped GEMM of the package of that name. "auto" takes the fastest known: in
+    bfloat16 and float16 "triton" on an H100 or H200, if it is installed, and "loop" on a CPU; else
+    "torch"."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":

@@ -25,9 +25,11 @@ def resolve_backend(
 ) -> ResolvedBackend:
     """Return the backend that is used on a device.
 
-    On a CPU torch's grouped GEMM compiles each product of narrow dtypes anew, as no two have as
-    many rows: there "auto" is "loop", which keeps to few shapes. It is not "triton" until its
-    kernels have been timed beside torch's on a GPU. Rows in float64 are always worked by "loop".
+    "auto" is "triton" where its kernels have been timed and were faster: in narrow dtypes on GPUs
+    of compute capability 9, two to four times (docs/results/kernels_h200.md). On a CPU torch's
+    grouped GEMM compiles each product of narrow dtypes anew, as no two have as many rows: there
+    "auto" is "loop", which keeps to few shapes. Elsewhere it is "torch". Rows in float64 are always
+    worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -42,12 +44,31 @@ def resolve_backend(
         return "loop"
     if backend != "auto":
         return backend
-    return "loop" if device.type == "cpu" and dtype.itemsize < 4 else "torch"
+    if dtype.itemsize < 4:
+        if device.type == "cpu":
+            return "loop"
+        if _is_timed(device):
+            return "triton"
+    return "torch"
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether Triton kernels work on tensors of a dtype, around the experts as in them."""
+    """Say whether Triton kernels work around the experts, on tensors of a dtype.
+
+    Routing and masks are in float32 beside experts in narrow dtypes, so for "auto" it is the
+    device that counts.
+    """
+    if backend == "auto":
+        return dtype in _GROUPED_DTYPES and _is_timed(device)
     return backend != "megablocks" and resolve_backend(backend, device, dtype) == "triton"
+
+
+def _is_timed(device: torch.device) -> bool:
+    """Say whether the kernels can run and were faster than torch on such a device."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    return major == 9 and _is_installed("triton", "dmoe_kernels")
 
 
 @functools.cache

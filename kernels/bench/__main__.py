@@ -1,6 +1,6 @@
 """Check the kernels on a GPU, then time them beside every peer that is installed.
 
-    python kernels/bench --out docs/results/kernels_gpu.md
+    python kernels/bench --out table.md
 
 Needs torch, triton and numpy, and a GPU; ends within --seconds. With --dry it needs no GPU: the
 checks run on a tiny problem in Triton's interpreter, and nothing is timed.

@@ -21,13 +21,20 @@ Contender = Callable[[Problem, list[Tensor]], Tensor]
 class _Ours(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, w_up: Tensor, w_down: Tensor, ids_TK: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        ids_TK: Tensor,
+        fp8: bool,
     ) -> Tensor:
         slots_R, *row_map, counts_E = sort_slots(ids_TK, len(w_up))
         weights_R = weights_TK.flatten().index_select(0, slots_R)
         y_TD, z_RH = experts_forward(
-            x_TD, tuple(row_map), weights_R, counts_E, w_up, w_down, "swiglu"
+            x_TD, tuple(row_map), weights_R, counts_E, w_up, w_down, "swiglu", fp8=fp8
         )
+        ctx.fp8 = fp8
         ctx.save_for_backward(x_TD, weights_R, w_up, w_down, z_RH, counts_E, slots_R, *row_map)
         return y_TD
 
@@ -45,14 +52,20 @@ class _Ours(torch.autograd.Function):
             w_down,
             "swiglu",
             w_up.dtype,
+            fp8=ctx.fp8,
         )
         dweights_TK = torch.empty_like(dweights_R).scatter_(0, slots_R, dweights_R)
-        return dx_TD, dweights_TK.view(len(x_TD), -1), dw_up, dw_down, None
+        return dx_TD, dweights_TK.view(len(x_TD), -1), dw_up, dw_down, None, None
 
 
 def ours(problem: Problem, leaves: list[Tensor]) -> Tensor:
     """Run the kernels of this package, sort of the slots included."""
-    return _Ours.apply(*leaves, problem.ids_TK)
+    return _Ours.apply(*leaves, problem.ids_TK, False)
+
+
+def ours_in_eight_bits(problem: Problem, leaves: list[Tensor]) -> Tensor:
+    """Run them with the products of the forward pass and of dx in eight bits (sm_90)."""
+    return _Ours.apply(*leaves, problem.ids_TK, True)
 
 
 def torch_loop(problem: Problem, leaves: list[Tensor]) -> Tensor:
@@ -174,6 +187,7 @@ def megablocks(problem: Problem, leaves: list[Tensor]) -> Tensor:
 
 CONTENDERS: dict[str, Contender] = {
     "ours": ours,
+    "ours, fp8": ours_in_eight_bits,
     "torch loop": torch_loop,
     "grouped_mm": grouped_mm,
     "transformers": hugging_face,

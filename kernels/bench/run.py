@@ -65,15 +65,16 @@ class Bench:
         print(f"{torch.cuda.get_device_name()}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
 
     def run(self) -> None:
-        """Measure the neurons of infinity-MoE, then all shapes beside torch, then beside peers.
+        """Measure the neurons of infinity-MoE, then all shapes beside torch, then peers too.
 
-        Peers come last, as some tune for minutes. The page is written after each shape.
+        Peers come last, as some tune for minutes; then all take turns anew. The page is written
+        after each shape.
         """
         parts = self.options.shapes or [""]
         if any(part.lower() in "infinity-moe" for part in parts):
             self.neurons = infinity.table(self.options.repeats)
         plain = [name for name in CONTENDERS if name not in PEERS]
-        for names in (plain, ["ours", *PEERS]):
+        for names in (plain, [*plain, *PEERS]):
             for shape in SHAPES:
                 if not any(part.lower() in shape.name.lower() for part in parts):
                     continue
@@ -87,7 +88,7 @@ class Bench:
                     self.options.out.write_text(self.document())
 
     def run_shape(self, shape: Shape, names: list[str]) -> None:
-        """Measure those that can run, in turns; ours alone is measured once."""
+        """Measure those that can run, in turns, unless all have been; then ours without turns."""
         problem = Problem.make(shape, torch.device("cuda"), torch.bfloat16)
         if self.options.tune and (shape.name, "ours") not in self.rows:
             tune(problem)
@@ -105,7 +106,7 @@ class Bench:
                 ready[name] = (contender, saved, error)
             except Exception as error:  # a peer may fail in any way
                 self.note(f"{shape.name}, {name}: {type(error).__name__}: {error}".splitlines()[0])
-        if list(ready) == ["ours"] and (shape.name, "ours") in self.rows:
+        if all((shape.name, name) in self.rows for name in ready):
             return
         leaves = problem.leaves()
         kinds = (measure.forward_step, measure.whole_step)
@@ -120,6 +121,14 @@ class Bench:
             row = Row(shape, name, forward[name], both[name], saved, error)
             self.rows[shape.name, name] = row
             print(self.line(row), flush=True)
+        if "ours" in ready and len(ready) > 1:
+            alone, all_alone = (
+                measure.times_ms({"ours": kind(CONTENDERS["ours"], problem, leaves)}, 50)["ours"]
+                for kind in kinds
+            )
+            self.note(
+                f"{shape.name}, ours without turns: {alone:.2f} ms forward, {all_alone:.2f} both"
+            )
 
     def note(self, text: str) -> None:
         """Keep and print what the table has no number for."""
@@ -158,10 +167,11 @@ class Bench:
                 rows.append(line)
         order = [shape.name for shape in SHAPES]
         rows.sort(key=lambda line: order.index(line.strip("| ").split(" | ")[0]))
+        about = {note.split(":")[0] for note in self.notes}
         notes = self.notes + [
             note
             for note in re.findall(r"^- (.*)$", self.kept, re.MULTILINE)
-            if note not in self.notes
+            if note.split(":")[0] not in about
         ]
         neurons = self.neurons or "".join(re.findall(r"\n## .*", self.kept, re.DOTALL))
         listed = "".join(f"\n- {note}" for note in notes)

@@ -112,9 +112,11 @@ def test_tokens_in_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     leaves = [torch.randn(66, 32), torch.randn(66, 1, 3), torch.randn(32, 3)]
     whole = forward_and_backward(*leaves)
     monkeypatch.setattr(scores, "SCRATCH_BYTES", 64 * 32 * 4)
-    *pieces, dw = forward_and_backward(*leaves)
-    assert all(torch.equal(x, y) for x, y in zip(pieces, whole, strict=False))
-    assert_close(dw, whole[-1], 1e-6)
+    pieces = forward_and_backward(*leaves)
+    exact = len(whole) - 2  # a product of torch makes the last two, of a piece at a time
+    assert all(torch.equal(x, y) for x, y in zip(pieces[:exact], whole[:exact], strict=True))
+    for got, want in zip(pieces[exact:], whole[exact:], strict=True):
+        assert_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("valid", [None, torch.arange(6) % 3 < 2])

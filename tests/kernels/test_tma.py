@@ -68,11 +68,13 @@ def test_rows_past_the_counts_meet_zeros() -> None:
 @pytest.mark.parametrize(("size_k", "size_n"), [(24, 17), (20, 16)])
 def test_widths_that_do_not_suit_are_refused(size_k: int, size_n: int) -> None:
     """Tuning passes over what raises this, and nothing else asks for it."""
-    rows, w = torch.randn(4, size_k).half(), torch.randn(1, size_k, size_n).half()
+    rows = torch.randn(4, size_k).to(DEVICE, torch.float16)
+    w = torch.randn(1, size_k, size_n).to(DEVICE, torch.float16)
+    counts = torch.tensor([4], device=DEVICE)
     assert not (tma.suits_tma(rows) and tma.suits_tma(w))
     config = configs._INTERPRETED._replace(tma=True)
     with pytest.raises(RuntimeError, match="TMA cannot read rows of"):
-        gemm.grouped_gemm(rows, w, torch.tensor([4]), transposed=False, num_rows=4, config=config)
+        gemm.grouped_gemm(rows, w, counts, transposed=False, num_rows=4, config=config)
 
 
 def test_it_is_of_sm_90_alone() -> None:

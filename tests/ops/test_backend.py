@@ -3,7 +3,7 @@ import torch
 
 from dmoe.config.base import ConfigError
 from dmoe.ops import backend as door
-from dmoe.ops.backend import resolve_backend
+from dmoe.ops.backend import resolve_backend, uses_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -11,8 +11,32 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_auto_is_torch_but_for_narrow_dtypes_on_a_cpu() -> None:
     assert resolve_backend("auto", CPU) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16) == "loop"
-    assert resolve_backend("auto", GPU, torch.bfloat16) == "torch"
     assert resolve_backend("torch", CPU, torch.bfloat16) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "expected"),
+    [((9, 0), True, "triton"), ((9, 0), False, "torch"), ((8, 0), True, "torch")],
+)
+def test_auto_is_triton_where_it_was_timed(
+    monkeypatch, capability: tuple[int, int], is_installed: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(door, "_is_installed", lambda *packages: is_installed)
+    assert resolve_backend("auto", GPU, torch.bfloat16) == expected
+    assert resolve_backend("auto", GPU, torch.float16) == expected
+    assert resolve_backend("auto", GPU, torch.float32) == "torch"
+    for dtype in (torch.bfloat16, torch.float32):
+        assert uses_kernels("auto", GPU, dtype) == (expected == "triton")
+        assert not uses_kernels("auto", CPU, dtype)
+    assert not uses_kernels("auto", GPU, torch.float64)
+
+
+def test_auto_is_torch_where_a_gpu_is_named_and_none_is_there(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_backend("auto", GPU, torch.bfloat16) == "torch"
 
 
 def test_float64_is_a_loop_everywhere() -> None:

@@ -107,13 +107,14 @@ def run_with(deadline, **options):
 
 late = time.monotonic() + 1e6
 first = run_with(late, shapes=["Qwen3"], add=False)
-assert calls[0] == calls[1] == ["ours", "torch loop", "grouped_mm", "transformers"], calls
-assert calls[2] == ["ours", *run.PEERS] and len(calls) == 4
-assert first.count("| Qwen3-30B-A3B | ours |") == 1 and first.count("\\n| ") == 18
+plain = ["ours", "ours, fp8", "torch loop", "grouped_mm", "transformers"]
+assert calls[0] == calls[1] == plain, calls
+assert calls[2] == [*plain, *run.PEERS] and len(calls) == 4
+assert first.count("| Qwen3-30B-A3B | ours |") == 1 and first.count("\\n| ") == 20
 second = run_with(late, shapes=["OLMoE"], only=["ours", "Liger"], add=True)
 rows = [line for line in second.splitlines() if line.startswith("| ")][2:]
-assert [row.split(" | ")[0] for row in rows[:8]] == ["| Qwen3-30B-A3B"] * 8
-assert [row.split(" | ")[:2] for row in rows[8:10]] == [
+assert [row.split(" | ")[0] for row in rows[:9]] == ["| Qwen3-30B-A3B"] * 9
+assert [row.split(" | ")[:2] for row in rows[9:11]] == [
     ["| OLMoE-1B-7B", "ours"], ["| OLMoE-1B-7B", "Liger"]
 ], rows
 assert second.endswith("\\n## Neurons\\n")
