@@ -66,12 +66,12 @@ def _sections(
 ) -> Iterator[tuple[str, str, Schema, Homes]]:
     """Yield key, title and schema of the sections under a key, each before those inside it.
 
-    A choice that stands inside one of its own sections is told once; `homes` says where.
+    What stands inside one of its own sections is told once; `homes` says where.
     """
     choice = tuple(_names(field))
     if choice in homes:
         return
-    homes = {**homes, choice: key} if len(choice) > 1 else homes
+    homes = {**homes, choice: key} if choice else homes
     for place, title, section in _places(key, field, defs):
         yield place, title, section, homes
         for name, inner in section["properties"].items():

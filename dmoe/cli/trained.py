@@ -39,8 +39,8 @@ class TrainedRun:
     def load(self, gate_threshold: float = 0.0) -> LoadedModel:
         """Load the model in the precision it was trained in."""
         moe = self.config.model.moe
-        if moe is not None and moe.used_router.warning:
-            typer.echo(f"WARNING: {moe.used_router.warning}", err=True)
+        if moe is not None and moe.warning:
+            typer.echo(f"WARNING: {moe.warning}", err=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = load_model(self.folder, device=device)
         loaded.model.set_gate_threshold(gate_threshold)

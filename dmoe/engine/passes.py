@@ -20,6 +20,7 @@ from dmoe.models import DecoderLM, ModelInputs, ModelOutput, Recompute
 from dmoe.models.decoder import lm_loss, valid_tokens
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.moe.elastic import ElasticK
+from dmoe.moe.stats import all_counts
 from dmoe.parallel import ParallelDims, all_reduce_sum
 
 
@@ -84,17 +85,17 @@ class Passes:
         gradients counts first, so that accumulation does not change the loss.
         """
         moe = self.model.config.moe
-        if moe is None or not moe.losses.needs_global_counts or len(batches) == 1:
+        if moe is None or not moe.needs_global_counts or len(batches) == 1:
             return None
         counts_LE = torch.zeros(
-            len(self.model.moe_layers), moe.experts, dtype=torch.int64, device=self.device
+            len(self.model.moe_layers), moe.num_slots_counted, dtype=torch.int64, device=self.device
         )
         totals = BatchTotals(1, 1, position.num_sequences, position.num_micro_batches)
         for batch in batches:
             # Any counts do: the losses of this pass are not used.
             context = _context(batch, position, totals, counts_LE, k)
             output = self.model(_inputs(batch), context, last_only=True)
-            counts_LE += torch.stack([layer.stats.counts_E for layer in output.moe])
+            counts_LE += torch.stack([all_counts(layer.stats) for layer in output.moe])
         return all_reduce_sum(counts_LE, self.dims.world_group)
 
     def _elastic_k(self, position: StepPosition) -> ElasticK | None:

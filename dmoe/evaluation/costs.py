@@ -5,6 +5,7 @@ layers, K numbers of experts (column j is k = j + 1), T tokens, D model dim.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from dmoe.config.base import ConfigError
 from dmoe.data import MicroBatch
 from dmoe.evaluation.perplexity import inputs_of
 from dmoe.models import DecoderLM, ModelConfig
-from dmoe.models.counts import flops_per_token, parameters
+from dmoe.models.counts import flops_per_token, inactive, parameters
 from dmoe.models.k_profile import BudgetUnit
 from dmoe.moe import MoEContext
 from dmoe.moe.routing import Replay
@@ -84,20 +85,20 @@ def expert_costs(config: ModelConfig, k_max: int) -> Costs:
 
 def flop_costs(config: ModelConfig, k_max: int, *, seq_len: int) -> Costs:
     """Count the forward FLOPs of a token, as `flops_per_token` does, in a sequence of `seq_len`."""
-    experts: dict[int, int] = {}
-    for layer, kind, shape, _ in parameters(config):
-        if layer is not None and kind == "experts":
-            experts[layer] = experts.get(layer, 0) + shape.numel()
-    assert config.moe is not None
+    by_layer: dict[int, Counter[int]] = {layer: Counter() for layer in config.moe_layers}
+    for info in parameters(config):
+        level = info.depth + (info.kind == "experts")
+        if info.layer in by_layer and level:
+            by_layer[info.layer][level] += info.shape.numel()
     return Costs(
         "flops",
         float(flops_per_token(config, seq_len, training=False, k=0)),
         tuple(
             tuple(
-                2.0 * experts[layer] / config.moe.num_networks * config.moe.networks_of(k)
+                2.0 * (by_level.total() - inactive(config.moe, by_level, k, seq_len))
                 for k in range(1, k_max + 1)
             )
-            for layer in config.moe_layers
+            for by_level in by_layer.values()
         ),
     )
 

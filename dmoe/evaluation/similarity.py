@@ -61,10 +61,11 @@ def check_two_experts(config: ModelConfig) -> None:
     Raises:
         ConfigError: the model is dense, or its layers have no two experts.
     """
-    if config.moe is None or not config.moe.is_grouped or config.moe.num_shards < 2:
+    moe = config.moe
+    if moe is None or moe.expert_layer or not moe.is_grouped or moe.num_shards < 2:
         raise ConfigError(
             "the similarity of experts takes two of them, but the model is dense, has "
-            "model.moe.num_experts = 1, or has single neurons for experts"
+            "model.moe.num_experts = 1, or has single neurons or whole layers for experts"
         )
 
 

@@ -63,7 +63,7 @@ def moe_rows(
     means: Mapping[str, ArrayLike],
     *,
     num_tokens: int,
-    bias_LE: ArrayLike | None = None,
+    biases: Sequence[ArrayLike] = (),
     layer_ids: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return all statistics under their keys in metrics.jsonl.
@@ -74,7 +74,7 @@ def moe_rows(
         means: Other statistics, (L,) each, mean over the tokens. Where there is NAME and
             NAME_square, the second one gives way to NAME_std, the standard deviation.
         num_tokens: Tokens routed by each layer.
-        bias_LE: Balancing biases, where the routers have them.
+        biases: All balancing biases of each layer, where the routers have them.
         layer_ids: Positions of the layers in the model for detailed rows, a key a layer; none for
             brief ones, mean and maximum over layers alone.
     """
@@ -93,8 +93,8 @@ def moe_rows(
         name = name.removesuffix("_square")
         variance_L = _float(mean_L) - _float(means[name]) ** 2
         statistics[f"{name}_std"] = np.sqrt(variance_L.clip(min=0))
-    if bias_LE is not None:
-        statistics["bias_absmax"] = np.abs(_float(bias_LE)).max(axis=1)
+    if biases:
+        statistics["bias_absmax"] = np.array([np.abs(_float(bias)).max() for bias in biases])
     row = {"k_sum": float(statistics["k_mean"].sum())}
     for name, values_L in statistics.items():
         row[f"moe/{name}_mean"] = float(values_L.mean())

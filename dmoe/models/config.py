@@ -67,20 +67,8 @@ class ModelConfig(ConfigModel):
                 f"head_dim = {self.width_of_head} is odd, but rotary positions turn pairs: make "
                 f"head_dim (or dim / num_heads) even"
             )
-        if self.moe is not None and self.moe.is_grouped and self.moe.backend != "loop":
-            of_expert = "moe.infinite.block_size" if self.moe.infinite else "moe.expert_ffn_dim"
-            for key, width in (("dim", self.dim), (of_expert, self.moe.expert_width)):
-                if width % 8:
-                    raise ValueError(
-                        f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
-                        f"rows of 16 bytes: change it, or set moe.backend: loop"
-                    )
-        if self.moe is not None and self.moe.expert_dtype == "fp8" and self.dim % 128:
-            raise ConfigError(
-                f"dim = {self.dim} is no multiple of 128, of which blocks in eight bits share a "
-                f"scale: change it, or set moe.expert_dtype to same",
-                key="dim",
-            )
+        if self.moe is not None:
+            self._check_experts(f"moe.{self.moe.leaf_path}", self.moe.leaf)
         if self.moe is not None and not self.moe_layers:
             raise ValueError(
                 f"none of the num_layers = {self.num_layers} layers is a MoE layer with moe.every "
@@ -98,6 +86,22 @@ class ModelConfig(ConfigModel):
                 "use family: llama"
             )
         return self
+
+    def _check_experts(self, path: str, moe: MoEConfig) -> None:
+        if moe.is_grouped and moe.backend != "loop":
+            of_expert = "infinite.block_size" if moe.infinite else "expert_ffn_dim"
+            for key, width in (("dim", self.dim), (path + of_expert, moe.expert_width)):
+                if width % 8:
+                    raise ValueError(
+                        f"{key} = {width} is not a multiple of 8, so the grouped GEMM cannot read "
+                        f"rows of 16 bytes: change it, or set {path}backend: loop"
+                    )
+        if moe.expert_dtype == "fp8" and self.dim % 128:
+            raise ConfigError(
+                f"dim = {self.dim} is no multiple of 128, of which blocks in eight bits share a "
+                f"scale: change it, or set {path}expert_dtype to same",
+                key="dim",
+            )
 
     @property
     def kv_heads(self) -> int:

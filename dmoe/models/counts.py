@@ -4,6 +4,7 @@ Parameters are counted on the model itself, built on the meta device, so that no
 behind the code. Called by `dmoe estimate` and, for the utilisation, by the trainer.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,6 +46,8 @@ class ParameterInfo(NamedTuple):
     shape: torch.Size
     is_wide: bool = False
     """Whether it stays in float32 when others are cast, `DecoderLM.wide_parameters`."""
+    depth: int = 0
+    """Layers of experts that it is inside of, where experts are layers."""
 
 
 def parameters(config: ModelConfig) -> Iterator[ParameterInfo]:
@@ -54,14 +57,14 @@ def parameters(config: ModelConfig) -> Iterator[ParameterInfo]:
     for name, parameter in model.named_parameters():
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         kind = next(kind for part, kind in _KINDS.items() if part in name)
-        yield ParameterInfo(layer, kind, parameter.shape, name in wide)
+        yield ParameterInfo(layer, kind, parameter.shape, name in wide, name.count(".layers."))
 
 
 def params_by_kind(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters of each kind that the model has."""
     counts: dict[str, int] = {}
-    for _, kind, shape, _ in parameters(config):
-        counts[kind] = counts.get(kind, 0) + shape.numel()
+    for info in parameters(config):
+        counts[info.kind] = counts.get(info.kind, 0) + info.shape.numel()
     return counts
 
 
@@ -79,9 +82,13 @@ def num_active_params(config: ModelConfig, k: float | None = None) -> int:
         config: the `model` section.
         k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
-    counts = params_by_kind(config)
-    routed = sum(counts.get(kind, 0) for kind in ("experts", "neurons", "deeper_neurons"))
-    return sum(counts.values()) - _inactive(config, routed, k)
+    by_level: Counter[int] = Counter()
+    for info in parameters(config):
+        is_routed = info.kind in ("experts", "neurons", "deeper_neurons")
+        by_level[info.depth + is_routed] += info.shape.numel()
+    if config.moe is not None and k is None:
+        k = config.moe.mean_k(len(config.moe_layers))
+    return by_level.total() - inactive(config.moe, by_level, k)
 
 
 def flops_per_token(
@@ -102,32 +109,48 @@ def flops_per_token(
         training: count the backward pass as well.
         k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
-    matrices = experts = 0
-    for _, kind, shape, _ in parameters(config):
+    by_level: Counter[int] = Counter()
+    leaf = config.moe.leaf if config.moe else None
+    for _, kind, shape, _, depth in parameters(config):
         if len(shape) > 1 and kind != "embedding":
-            matrices += shape.numel()
-            experts += shape.numel() if kind == "experts" else 0
-            if kind == "sub_keys" and config.moe:  # every head looks at them
-                assert isinstance(config.moe.router, PeerConfig)
-                matrices += shape.numel() * (config.moe.router.heads - 1)
-            if kind in ("space", "deeper_neurons") and config.moe and config.moe.infinite:
-                matrices += shape.numel() * (config.moe.infinite.samples - 1)
+            times = 1
+            if kind == "sub_keys" and leaf:  # every head looks at them
+                assert isinstance(leaf.router, PeerConfig)
+                times = leaf.router.heads
+            if kind in ("space", "deeper_neurons") and leaf and leaf.infinite:
+                times = leaf.infinite.samples
+            by_level[depth + (kind == "experts")] += shape.numel() * times
     if config.tie_embeddings:
-        matrices += config.vocab_size * config.dim
+        by_level[0] += config.vocab_size * config.dim
     attention = 4 * config.num_layers * config.num_heads * config.width_of_head * seq_len
     if k is None and config.moe is not None:
         k = config.moe.mean_passes(len(config.moe_layers), seq_len)
-    forward = 2 * (matrices - _inactive(config, experts, k)) + attention
+    used = by_level.total() - inactive(config.moe, by_level, k, seq_len)
+    forward = 2 * used + attention
     return 3 * forward if training else forward
 
 
-def _inactive(config: ModelConfig, experts: int, k: float | None) -> int:
-    """Return how many of the parameters of the routed experts a token does not use."""
-    if config.moe is None:
-        return 0
-    k = config.moe.mean_k(len(config.moe_layers)) if k is None else k
-    num = config.moe.num_networks
-    return round(experts * (num - config.moe.networks_of(k)) / num)
+def inactive(
+    moe: MoEConfig | None, by_level: Counter[int], k: float | None, seq_len: int | None = None
+) -> int:
+    """Return how many parameters a token does not use, as they are inside experts it has not.
+
+    Args:
+        moe: the `model.moe` section.
+        by_level: parameters inside so many experts, of which each may be a layer.
+        k: experts per token of the outermost level.
+        seq_len: tokens of a sequence, to count rows rather than experts of the levels inside.
+    """
+    share, unused, level = 1.0, 0, 0
+    while moe is not None:
+        assert k is not None
+        share *= moe.networks_of(k) / moe.num_networks
+        level, moe = level + 1, moe.expert_layer
+        unused += by_level[level] - round(by_level[level] * share)
+        if moe is not None:
+            router, num = moe.used_router, moe.experts
+            k = router.nominal_k(num) if seq_len is None else router.passes(num, seq_len)
+    return unused
 
 
 class Activations(NamedTuple):
@@ -208,32 +231,49 @@ def _feed_forward_width(config: ModelConfig, layer: int, seq_len: int, *, exchan
     dense = 4 if gated else 2
     if not config.is_moe_layer(layer):
         return norm + dense * config.ffn_dim
-    moe = config.moe
-    assert moe is not None
+    assert config.moe is not None
+    return norm + _moe_width(config, config.moe, seq_len, exchanged=exchanged)
+
+
+def _moe_width(config: ModelConfig, moe: MoEConfig, seq_len: int, *, exchanged: bool) -> int:
+    """Return the numbers a token keeps in a MoE layer, without what it reads."""
+    gated = config.activation == "swiglu"
+    shared = (4 if gated else 2) * _shared_width(moe)
+    if moe.expert_layer is not None:
+        # A row, what the layer keeps for it, and what it returns, for the gradient of the gate.
+        inside = 2 * config.dim + _moe_width(config, moe.expert_layer, seq_len, exchanged=exchanged)
+        return round(_passes(moe, seq_len) * inside) + shared
     if moe.infinite and not moe.num_shards:
         hidden, width = (2 if gated else 1) * moe.space_width, moe.space_width
         if moe.infinite.deep is None:
             # The pre-activations, and the activations under their mean mask.
-            return norm + hidden + width
+            return hidden + width
         # The pre-activations of each layer and sample, what goes into the norm between layers and
         # comes out, and the mean of the samples.
         num_layers, samples = moe.infinite.deep.layers, moe.infinite.samples
-        return norm + samples * (num_layers * hidden + (num_layers - 1) * 2 * width) + width
+        return samples * (num_layers * hidden + (num_layers - 1) * 2 * width) + width
     if not moe.is_grouped:
-        return norm + moe.used_router.kept_width(config.dim, exchanged=exchanged)
+        return moe.used_router.kept_width(config.dim, exchanged=exchanged)
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar or was rounded,
     # and gate and up.
     arrived = _passes(moe, seq_len) if exchanged else float(moe.dispatch_dtype != "same")
     routed = _routed_width(config, moe, seq_len) + round(arrived * config.dim)
-    return norm + routed + dense * moe.num_shared_experts * moe.expert_width
+    return routed + shared
+
+
+def _shared_width(moe: MoEConfig) -> int:
+    return moe.num_shared_experts * moe.expert_width if moe.num_shared_experts else 0
 
 
 def _recomputed_width(config: ModelConfig, layer: int, seq_len: int) -> int:
     """Return the numbers a token does not keep in the experts, as they compute them again."""
     moe = config.moe
-    if moe is None or not config.is_moe_layer(layer) or not moe.recompute_experts:
+    if moe is None or not config.is_moe_layer(layer):
         return 0
-    return _routed_width(config, moe, seq_len)
+    rows = 1.0
+    while moe.expert_layer is not None:
+        rows, moe = rows * _passes(moe, seq_len), moe.expert_layer
+    return round(rows * _routed_width(config, moe, seq_len)) if moe.recompute_experts else 0
 
 
 def _routed_width(config: ModelConfig, moe: MoEConfig, seq_len: int) -> int:

@@ -1,7 +1,8 @@
 """Mixture-of-Experts layers: routers, capacity, dispatch, experts, losses."""
 
 from dmoe.moe.base import SparseLayer
-from dmoe.moe.layer import MoEConfig, MoELayer
+from dmoe.moe.config import MoEConfig
+from dmoe.moe.layer import MoELayer
 from dmoe.moe.routing import BatchTotals, MoEContext, Routing, Samples
 from dmoe.moe.stats import MoEOutput, MoEStats
 

@@ -97,7 +97,7 @@ class MoEContext:
     """Set in training: the losses are normalised by it."""
     counts_LE: Tensor | None = None
     """(layers, E) int64 slots per expert over the global batch, where they were counted
-    beforehand."""
+    beforehand; then those of the layers inside."""
     k_L: tuple[int | Tensor, ...] | None = None
     """Experts per token in each MoE layer: one number, or (T,) int64 with one for each token; None
     for the router's own."""

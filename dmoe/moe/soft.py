@@ -20,7 +20,7 @@ from dmoe.ops import Activation
 from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds the router's
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class SoftMoELayer(SparseLayer):

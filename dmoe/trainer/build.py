@@ -187,15 +187,16 @@ def _introduce(
 ) -> None:
     """Print the layout, and where a resumed run stands."""
     moe = config.model.moe
-    journal.message(dims.describe(moe.experts if moe and moe.num_shards else 0))
-    if moe is not None and moe.used_router.warning:
-        journal.message(f"WARNING: {moe.used_router.warning}")
+    journal.message(dims.describe(moe.num_leaves if moe and moe.num_shards else 0))
+    if moe is not None and moe.warning:
+        journal.message(f"WARNING: {moe.warning}")
     if moe is not None and moe.is_grouped:
         # One that is asked for and cannot run here is told now, not in the first step.
         dtype = COMPUTE_DTYPES[config.engine.precision]
-        backend = resolve_backend(moe.backend, device, dtype, moe.expert_dtype)
-        if moe.backend == "auto":
-            journal.message(f"model.moe.backend: auto takes {backend}")
+        leaf = moe.leaf
+        backend = resolve_backend(leaf.backend, device, dtype, leaf.expert_dtype)
+        if leaf.backend == "auto":
+            journal.message(f"model.moe.{moe.leaf_path}backend: auto takes {backend}")
     if parts is None:
         return
     steps = config.train.steps

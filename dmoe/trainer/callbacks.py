@@ -64,18 +64,14 @@ class LogMetrics(Callback):
             _AUX_KEYS.get(name, f"moe/{name}_loss"): value
             for name, value in result.aux_losses.items()
         }
-        biases = [
-            bias
-            for name, bias in trainer.engine.model.named_buffers()
-            if name.endswith("expert_bias_E")
-        ]
+        biases = [_biases(layer) for layer in trainer.engine.model.moe_layers]
         detailed = self.config.metrics.moe == "detailed"
         return row | moe_rows(
             result.counts_LE,
             result.dropped_L,
             result.means,
             num_tokens=result.num_tokens,
-            bias_LE=torch.stack(biases).cpu() if biases else None,
+            biases=biases if all(map(len, biases)) else (),
             layer_ids=self.config.model.moe_layers if detailed else (),
         )
 
@@ -177,6 +173,12 @@ class _Slots:
     def mean_k(self) -> float:
         """Experts per token and MoE layer, without the dropped ones."""
         return self.served / max(1, self.possible)
+
+
+def _biases(layer: torch.nn.Module) -> torch.Tensor:
+    """Return the selection biases of all routers of a layer."""
+    own = [b.cpu() for name, b in layer.named_buffers() if name.endswith("expert_bias_E")]
+    return torch.cat(own) if own else torch.empty(0)
 
 
 _AUX_KEYS = {"load_balance": "aux_loss", "z": "z_loss"}

@@ -140,17 +140,18 @@ class Config(ConfigModel):
                 )
             return self
         if moe.num_shards % self.parallel.ep:
-            blocks = " blocks of model.moe.infinite" if moe.infinite else ""
-            given = f"model.moe.num_experts = {moe.num_shards}{blocks} is"
-            if moe.num_shards != moe.num_networks:
+            leaf, key = moe.leaf, f"model.moe.{moe.leaf_path}num_experts"
+            blocks = " blocks of model.moe.infinite" if leaf.infinite else ""
+            given = f"{key} = {leaf.num_shards}{blocks} is"
+            if leaf.num_shards != leaf.num_networks:
                 given = (
-                    f"model.moe.num_experts = {moe.num_experts} has {moe.num_shards} "
-                    f"{moe.used_router.shards} to divide over ranks, and {moe.num_shards} is"
+                    f"{key} = {leaf.num_experts} has {leaf.num_shards} "
+                    f"{leaf.used_router.shards} to divide over ranks, and {leaf.num_shards} is"
                 )
             raise ConfigError(
                 f"{given} not a multiple of parallel.ep = {self.parallel.ep}, so the ranks cannot "
                 f"hold equally many: change either",
-                key="model.moe.num_experts",
+                key=key,
             )
         return self
 

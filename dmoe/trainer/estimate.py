@@ -80,7 +80,7 @@ def estimate(config: Config, world_size: int | None = None) -> Estimate:
     model, train = config.model, config.train
     counts = params_by_kind(model)
     return Estimate(
-        layout=dims.describe(model.moe.experts if model.moe and model.moe.num_shards else 0),
+        layout=dims.describe(model.moe.num_leaves if model.moe and model.moe.num_shards else 0),
         world_size=world_size,
         num_params=sum(counts.values()),
         num_active_params=num_active_params(model),

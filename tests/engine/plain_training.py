@@ -18,6 +18,7 @@ from dmoe.engine.sharding import global_view
 from dmoe.models import DecoderLM, ModelConfig, ModelInputs, ModelOutput, build_model
 from dmoe.moe import BatchTotals, MoEContext
 from dmoe.moe.elastic import ElasticK
+from dmoe.moe.stats import all_counts
 from dmoe.optim import OptimConfig
 from dmoe.parallel import ParallelDims
 
@@ -126,9 +127,9 @@ def plain_training(
             len(batches),
         )
         contexts = [plain_context(config, batch, step, totals) for batch in batches]
-        none = torch.ones(num_layers, config.moe.num_counted, dtype=torch.int64)
+        none = torch.ones(num_layers, config.moe.num_slots_counted, dtype=torch.int64)
         first = forward_all(model, batches, contexts, none)
-        counts = sum(torch.stack([m.stats.counts_E for m in output.moe]) for output in first)
+        counts = sum(torch.stack([all_counts(m.stats) for m in output.moe]) for output in first)
         contexts = [plain_context(config, batch, step, totals) for batch in batches]
         outputs = forward_all(model, batches, contexts, counts)
         loss = (
@@ -152,7 +153,7 @@ def plain_training(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         seen[f"{step}.norm"], seen[f"{step}.loss"] = norm, loss.detach()
         seen |= {f"{step}.{name}": value.detach() / num_layers for name, value in aux.items()}
-        seen[f"{step}.counts"] = counts
+        seen[f"{step}.counts"] = counts[:, : config.moe.num_counted]
         dropped = sum(torch.stack([m.stats.dropped for m in output.moe]) for output in outputs)
         seen[f"{step}.dropped"] = dropped
         for parameter in model.parameters():
@@ -176,7 +177,8 @@ def adapt(
     for index, layer in enumerate(model.moe_layers):
         stats = [output.moe[index].stats for output in outputs]
         counts_E = sum(s.counts_E for s in stats)
-        if moe.infinite is None and moe.router.name == "top_k" and moe.zero_computation is None:
+        plain = moe.infinite is None and moe.zero_computation is None and moe.expert_layer is None
+        if plain and moe.router.name == "top_k":
             load_E = counts_E.double()
             sign_E = torch.sign(load_E.mean() - load_E)
             layer.router.expert_bias_E += moe.router.bias_update_rate * sign_E

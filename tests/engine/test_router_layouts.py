@@ -78,6 +78,16 @@ def test_the_routers_adapt_in_these_steps(plain) -> None:
     assert plain["peer_batch_norm"][f"{state}.gate.query_norm.square_F"].all()
     for name in ("groups", "zero_computation"):
         assert plain[name][f"{state}.expert_bias_E"].any()
+    assert plain["expert_layer"]["model.layers.2.moe.router.expert_bias_E"].any()
+    inside = "model.layers.1.moe.layers.{}.layers.{}.router.expert_bias_E"
+    biases = [plain["expert_layer"][inside.format(i, j)] for i in range(3) for j in range(2)]
+    assert all(bias.any() for bias in biases)
+    assert not torch.equal(biases[0], biases[1])
+    assert plain["expert_layer"]["model.layers.2.moe.layers.0.router.exponent"] != 0
+    peer = "model.layers.1.moe.layers.0.router.gate.query_norm.square_F"
+    assert plain["peer_inside"][peer].all()
+    for name in ("load_balance", "within_relu_penalty", "within_within_z"):
+        assert plain["expert_layer"][f"0.{name}"] > 0
     assert plain["relu"]["1.relu_penalty"] > 0
     assert plain["ties"]["0.counts"][:, 2:].sum() == 0, "ties go to the first two"
     assert plain["switch"]["0.dropped"].sum() > 0

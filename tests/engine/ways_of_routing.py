@@ -49,6 +49,45 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "zero_computation": {"zeros": 4, "constants": 4},
     },
+    # Experts that are layers, three levels of them.
+    "expert_layer": {
+        "num_experts": 3,
+        "num_shared_experts": 1,
+        "router": {"name": "top_k", "top_k": 1, "bias_update_rate": 0.01},
+        "losses": {"load_balance_weight": 0.1},
+        "expert_layer": {
+            "num_experts": 2,
+            "expert_ffn_dim": None,
+            "router": {"name": "relu", "target_k": 1, "penalty": 0.1},
+            "expert_layer": {
+                "num_experts": 4,
+                "expert_ffn_dim": 16,
+                "num_shared_experts": 2,
+                "router": {"name": "top_k", "top_k": 2, "jitter": 0.1, "bias_update_rate": 0.01},
+                "zero_computation": {"zeros": 1, "constants": 1},
+                "losses": {"load_balance_weight": 0.2, "z_loss_weight": 0.1},
+            },
+        },
+    },
+    "peer_inside": {
+        "num_experts": 2,
+        "expert_ffn_dim": None,
+        "router": {"name": "top_k", "top_k": 1, "normalize": False},
+        "expert_layer": {
+            "num_experts": 64,
+            "expert_ffn_dim": 1,
+            "router": {"name": "peer", "heads": 2, "top_k": 3, "query_norm": "batch"},
+        },
+    },
+    "blocks_inside": {
+        "num_experts": 2,
+        "expert_ffn_dim": None,
+        "expert_layer": {
+            "num_experts": 4,
+            "expert_ffn_dim": 16,
+            "infinite": {"granularity": "block", "samples": 2},
+        },
+    },
     "soft_moe": {"router": {"name": "soft_moe", "slots": 2}},
     "zero_computation": {
         "router": {"name": "top_k", "top_k": 4, "bias_update_rate": 0.01},

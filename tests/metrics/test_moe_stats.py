@@ -73,7 +73,7 @@ def test_detailed_rows_name_layers_by_their_position_in_the_model():
         [4, 0],
         {"entropy": [0.5, 0.25]},
         num_tokens=4,
-        bias_LE=[[0, -3], [1, 2]],
+        biases=[[0, -3], [1, 2, 0]],
         layer_ids=[1, 3],
     )
     assert row["moe/layer_1/load_max_over_mean"] == 4.0

@@ -29,7 +29,7 @@ def test_an_unknown_key_is_our_bug():
 def test_every_moe_statistic_is_in_the_table():
     names = ("entropy", "active", "overlap", "sigma", "sigma_square")
     means = {name: [0.5] for name in names}
-    row = moe_rows([[1, 1]], [0], means, num_tokens=1, bias_LE=[[0, 0]], layer_ids=[0])
+    row = moe_rows([[1, 1]], [0], means, num_tokens=1, biases=[[0, 0]], layer_ids=[0])
     assert set(row) == {"k_sum"} | {
         f"moe/{key}"
         for name in MOE_STATISTICS

@@ -80,6 +80,21 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in clocks}
 
 
+def test_levels_of_experts_have_biases_and_losses_of_their_own(
+    token_store: Path, tmp_path: Path
+) -> None:
+    router = {"name": "top_k", "top_k": 2, "bias_update_rate": 0.01}
+    inside = {"num_experts": 6, "expert_ffn_dim": 16, "router": router}
+    moe = {"num_experts": 4, "num_dense_layers": 1, "router": router, "expert_layer": inside}
+    tree = run_config(token_store, tmp_path).model_dump()
+    tree["model"]["moe"] = moe
+    train(Config.model_validate(tree))
+    row = [row for row in rows(Config.model_validate(tree)) if "loss" in row][-1]
+    assert 0 < row["moe/bias_absmax_max"] <= 0.06
+    assert row["moe/k_mean_mean"] == pytest.approx(2)
+    assert row["moe/within_load_balance_loss"] > row["aux_loss"] > 0
+
+
 def test_rows_and_curves_of_a_run_with_a_skipped_step(token_store: Path, tmp_path: Path) -> None:
     config = run_config(token_store, tmp_path, moe="detailed")
     train(config, PoisonOneStep())

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dmoe.config.base import ConfigError
 
 if TYPE_CHECKING:  # the section that is checked
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 def check_eight_bits(moe: "MoEConfig") -> None:

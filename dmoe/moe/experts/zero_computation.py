@@ -17,7 +17,7 @@ from dmoe.moe.routing import Routing
 from dmoe.ops import Linear
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class ZeroComputationConfig(ConfigModel):

@@ -6,7 +6,7 @@ from dmoe.config.base import ConfigError
 from dmoe.moe.infinite.config import InfiniteConfig, num_active
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 def check_infinite(infinite: InfiniteConfig, moe: "MoEConfig") -> None:

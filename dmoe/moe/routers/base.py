@@ -18,7 +18,7 @@ from dmoe.ops import Activation, Backend, router_gate
 from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds a router's
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 RouterPrecision = Literal["fp32", "bf16"]
 
@@ -39,6 +39,8 @@ class RouterSection(ConfigModel):
     on unless it is given."""
     is_grouped: ClassVar[bool] = True
     """Whether the experts are networks that grouped GEMMs run."""
+    mixes_sequences: ClassVar[bool] = False
+    """Whether tokens of a sequence are mixed, so that a layer must see all of them."""
     shards: ClassVar[str] = "parts"
     """What `num_shards` counts where it is not the experts, to be told."""
     warning: ClassVar[str] = ""

@@ -26,7 +26,7 @@ from dmoe.moe.routing import MoEContext, Routing, make_routing
 from dmoe.ops import top_k_ids
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class HierarchicalConfig(NoisySection):

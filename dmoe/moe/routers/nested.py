@@ -1,8 +1,9 @@
-"""Nested mixtures: each expert of the outer router is itself a mixture, to any depth.
+"""A tree of routers: each expert of the outer router is itself a mixture, to any depth.
 
 y = sum_i g_i(x) sum_j g_ij(x) E_ij(x), the hierarchical mixture of Jordan and Jacobs (1994). As the
 inner mixtures read the same token, this is one layer over all leaves, with the product of gates,
-and so it is run: one dispatch, and the leaves are divided over `ep` like any experts.
+and so it is run: one dispatch, and the leaves are divided over `ep` like any experts. Where the
+experts are to be whole layers, see `dmoe.moe.nested`, which defines this one.
 Shapes: T tokens, G outer experts, I leaves of each, E = G I, K outer slots, J inner slots.
 """
 
@@ -18,7 +19,7 @@ from dmoe.moe.routers.base import Router, RouterConfig, RouterSection
 from dmoe.moe.routing import MoEContext, Routing, make_routing
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class NestedConfig(RouterSection):

@@ -25,7 +25,7 @@ from dmoe.ops.product_keys import scores_of_pairs, top_k_pairs
 from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class PeerConfig(RouterSection):

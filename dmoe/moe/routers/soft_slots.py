@@ -19,7 +19,7 @@ from dmoe.ops import Activation
 from dmoe.parallel import ParallelDims
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class SoftMoEConfig(RouterSection):
@@ -27,6 +27,7 @@ class SoftMoEConfig(RouterSection):
 
     takes_k: ClassVar[bool] = False
     balances_itself: ClassVar[bool] = True
+    mixes_sequences: ClassVar[bool] = True
     warning: ClassVar[str] = (
         "model.moe.router.name = soft_moe is not causal: a slot is a mean over the whole sequence, "
         "later tokens too, so the loss of a decoder is too low, and it cannot write text as it was "

@@ -29,7 +29,7 @@ from dmoe.ops.routing import GateForm, select_experts, weigh_experts
 from dmoe.rng import stream_key, token_uniform
 
 if TYPE_CHECKING:  # the section that holds this one
-    from dmoe.moe.layer import MoEConfig
+    from dmoe.moe.config import MoEConfig
 
 
 class GroupsConfig(ConfigModel):
