@@ -1,7 +1,11 @@
-"""Adaptive mixtures of local experts (Jacobs, Jordan, Nowlan and Hinton, 1991), to be used alone.
+"""Adaptive mixtures of local experts, to be used alone: any expert modules under a soft gate.
 
-Any expert modules under a soft gate, and the three losses that the paper compares: cooperative,
-competitive, and the negative log-likelihood of a mixture. For regression and for classification.
+Paper: Jacobs, Jordan, Nowlan and Hinton, 1991.
+Equations: the three losses that the paper compares: |d - sum_e p_e o_e|^2, cooperative (eq. 1);
+    sum_e p_e |d - o_e|^2, competitive (eq. 2); -log sum_e p_e exp(-|d - o_e|^2 / 2), the likelihood
+    of a mixture (eq. 3).
+Config: none: `AdaptiveMixture(experts, gate)` and `regression_loss` or `classification_loss`.
+Differs: for classification experts give logits of classes, and their likelihoods are mixed.
 Shapes: T cases, E experts, O outputs, C classes.
 """
 

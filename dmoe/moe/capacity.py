@@ -22,9 +22,10 @@ class CapacityConfig(ConfigModel):
     """
 
     factor: PositiveFloat
-    """1 leaves room for perfect balance only; Switch and ST-MoE train with 1.25."""
+    """1 leaves room for perfect balance only. Switch trains with 1.25, and so does ST-MoE, whose
+    1.25 is of tokens: 0.625 of the two slots that each has."""
     eval_factor: PositiveFloat | None = None
-    """The factor outside training (Switch and ST-MoE: 2); null for the same."""
+    """The factor outside training (Switch: 2, ST-MoE: 1); null for the same."""
     policy: Literal["position", "score"] = "position"
     """Who is served: "position" all first choices in the order of the tokens, then all second ones
     (GShard); "score" the largest gates."""

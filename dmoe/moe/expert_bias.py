@@ -1,6 +1,10 @@
 """Loss-free load balancing: a selection bias per expert that follows the load.
 
-Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+Paper: Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+Equations: b_e += rate sign(mean load - load_e) after each step.
+Config: `model.moe.router: {name: top_k, bias_update_rate: 0.001}`.
+Differs: nothing; the load is that of the global batch.
+Shapes: E experts.
 """
 
 import torch

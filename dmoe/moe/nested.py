@@ -2,8 +2,10 @@
 
 Paper: Jordan and Jacobs, 1994, "Hierarchical mixtures of experts and the EM algorithm".
 Equations: y = sum_e g_e(x) layer_e(x), where each layer_e is again such a sum.
+Config: `model.moe.expert_layer`, a section like `model.moe` for the layers inside.
+Differs: gates are sparse, and levels may have shared experts, capacity and losses of their own.
 Shapes: T tokens, D model dim, E experts, K slots per token, R rows that came to an expert, n counts
-of a layer inside.
+    of a layer inside.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,11 @@
-"""PEER: a layer of very many experts of one neuron each (He, arXiv 2407.04153).
+"""PEER: a layer of very many experts of one neuron each.
 
-y = sum over heads and their k best experts of gate x act(u . x) v. Experts are divided over `ep` by
-their first sub-key. A token uses more experts than there are ranks, so it is sent to each of them
-once and their sums are added, which is less than a row for each slot.
+Paper: He, arXiv 2407.04153.
+Equations: y = sum over heads and their k best experts of gate x act(u . x) v.
+Config: `model.moe: {num_experts: 1048576, expert_ffn_dim: 1, router: {name: peer}}`.
+Differs: experts are divided over `ep` by their first sub-key. A token uses more experts than there
+    are ranks, so it is sent to each of them once and their sums are added, which is less than a row
+    for each slot.
 Shapes: T tokens, D model dim, n sub-keys, K slots per token, P ranks of `ep`, N tokens of them all.
 """
 

@@ -1,8 +1,11 @@
-"""The layer of Soft MoE (arXiv 2308.00951): mix tokens into slots, run the experts, mix back.
+"""The layer of Soft MoE: mix tokens into slots, run the experts, mix back.
 
-Slots are rows like any others: the dispatcher of the ordinary layer brings each to its expert, on
-whatever rank that is. Shapes: B sequences, S tokens of one, T = B S, D model dim, E experts, X
-slots of a sequence.
+Paper: Puigcerver et al., arXiv 2308.00951.
+Equations: those of `dmoe.moe.routers.soft_slots`, with the experts between.
+Config: `model.moe.router: {name: soft_moe, slots: 64}`.
+Differs: slots are rows like any others: the dispatcher of the ordinary layer brings each to its
+    expert, on whatever rank that is.
+Shapes: B sequences, S tokens of one, T = B S, D model dim, E experts, X slots of a sequence.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,13 @@
 """Experts that cost next to nothing, beside the networks: nothing, the token itself, a constant.
 
-MoE++ (arXiv 2410.07348, section 3.1) and the identity experts of LongCat-Flash (arXiv 2509.01322):
-a token that chooses one has fewer networks, so simple tokens cost less. They are the last experts
-of a layer; every rank has them, and no row is sent. Shapes: T tokens, D model dim, K slots, Z such
-experts, C constants.
+Paper: MoE++, arXiv 2410.07348, section 3.1; the identity experts of LongCat-Flash, arXiv
+    2509.01322.
+Equations: zero(x) = 0, copy(x) = x, constant(x) = a_1 x + a_2 v, with (a_1, a_2) = softmax(W x). A
+    token that chooses one has fewer networks, so simple tokens cost less.
+Config: `model.moe.zero_computation: {zeros: 1, copies: 1, constants: 2, target_k: 3}`.
+Differs: `target_k` steers the mean number of networks by the selection bias, as in LongCat-Flash,
+    whatever kind these experts are.
+Shapes: T tokens, D model dim, K slots, Z such experts, C constants.
 """
 
 from typing import TYPE_CHECKING

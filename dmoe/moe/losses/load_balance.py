@@ -1,10 +1,15 @@
-"""The load-balancing loss: E sum_i f_i P_i, which is 1 at perfect balance for every k.
+"""The load-balancing loss, which is 1 at perfect balance for every k.
 
-f_i is the share of slots that went to expert i and P_i its mean router probability (Switch, arXiv
-2101.03961, eq. 4-6). Over the tokens of which set the means are taken is the scope: a micro-batch,
-a local group of so many tokens (GShard, arXiv 2006.16668, section 2.2, where f_i counts first
-choices alone), a sequence (DeepSeek-V3, arXiv 2412.19437, eq. 17-20) or the global batch (Qwen,
-arXiv 2501.11873).
+Paper: Switch, arXiv 2101.03961, eq. 4-6; GShard, arXiv 2006.16668, section 2.2; DeepSeek-V3, arXiv
+    2412.19437, eq. 17-20; Qwen, arXiv 2501.11873.
+Equations: E sum_i f_i P_i, where f_i is the share of slots that went to expert i and P_i its mean
+    router probability. Over the tokens of which set the means are taken is the scope: a
+    micro-batch, a local group of so many tokens (GShard, where f_i counts first choices alone), a
+    sequence (DeepSeek) or the global batch (Qwen).
+Config: `model.moe.losses: {load_balance_weight: 0.01, load_balance_scope: global_batch}`.
+Differs: f_i is a share of slots, not of tokens, so that k does not change the value at balance. It
+    counts the slots that were chosen, by bias and groups too, where DeepSeek-V3 counts the largest
+    scores.
 Shapes: T tokens, E experts, G groups of tokens.
 """
 

@@ -1,8 +1,11 @@
-"""The losses of sparsely-gated MoE: squared coefficients of variation of importance and load.
+"""The losses on importance and load: squared coefficients of variation.
 
-Shazeer et al. 2017, arXiv 1701.06538: importance is the sum of an expert's gates (eq. 6-7), load a
-smooth estimate of its number of tokens (eq. 8-11). Called by the routers that have the noise which
-makes the estimate. Shapes: T tokens, E experts, K slots per token, G groups of tokens.
+Paper: sparsely-gated MoE, Shazeer et al. 2017, arXiv 1701.06538.
+Equations: importance is the sum of an expert's gates (eq. 6-7), load a smooth estimate of its
+    number of tokens (eq. 8-11), which the routers make that have the noise for it.
+Config: `importance_weight` and `load_weight` of `model.moe.router`, of these routers.
+Differs: nothing; the set of tokens that is summed over can be smaller than a batch.
+Shapes: T tokens, E experts, K slots per token, G groups of tokens.
 """
 
 from torch import Tensor

@@ -1,6 +1,10 @@
-"""The router z-loss: the mean of (log sum_j exp x_j)^2, which keeps logits small.
+"""The router z-loss, which keeps logits small.
 
-ST-MoE, arXiv 2202.08906, eq. 5, with weight 0.001 there. Shapes: T tokens, E experts.
+Paper: ST-MoE, arXiv 2202.08906, eq. 5.
+Equations: the mean over tokens of (log sum_j exp x_j)^2.
+Config: `model.moe.losses: {z_loss_weight: 0.001}`, the weight of the paper.
+Differs: nothing; padding does not count.
+Shapes: T tokens, E experts.
 """
 
 from torch import Tensor

@@ -1,6 +1,11 @@
 """BASE layers: the assignment of equally many tokens to each expert that scores highest in all.
 
-Lewis et al., arXiv 2103.16716. At inference a token goes to its best expert, whoever else does.
+Paper: Lewis et al., arXiv 2103.16716.
+Equations: the assignment maximises the sum of scores, each expert having as many tokens; the
+    gate is the sigmoid of the score (eq. 1). At inference a token goes to its best expert.
+Config: `model.moe.router: {name: base_layer}`.
+Differs: the assignment is exact, and over the tokens of a sequence or a micro-batch; there an
+    auction approximates it over those of all workers, after a random shuffle.
 Shapes: T tokens, D model dim, E experts.
 """
 

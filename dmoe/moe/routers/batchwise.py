@@ -1,8 +1,12 @@
-"""Strictly balanced gating of sparsely-gated MoE (Shazeer et al. 2017, arXiv 1701.06538, app. F).
+"""Strictly balanced gating: experts choose in training, thresholds at inference.
 
-In training each expert takes the m = k |X| / n tokens of a micro-batch with which its probability
-is largest; at inference a token goes to the experts whose probability is above a threshold that
-was learned to make the same choice. Shapes: T tokens, D model dim, E experts.
+Paper: Shazeer et al. 2017, arXiv 1701.06538, appendix F.
+Equations: in training each expert takes the m = k |X| / n tokens of a micro-batch with which its
+    probability is largest; at inference a token goes to the experts whose probability is above a
+    threshold that was learned to make the same choice (eq. 20).
+Config: `model.moe.router: {name: batchwise, top_k: 4}`.
+Differs: nothing that is known.
+Shapes: T tokens, D model dim, E experts.
 """
 
 from typing import ClassVar, Literal
@@ -74,9 +78,7 @@ class BatchwiseRouter(Router):
         """Route each token of `x_TD`, (T, D)."""
         logits_TE, threshold_E = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        ids_TK = context.decide(
-            "expert_ids", lambda: slots_of(self.select(scores_TE, threshold_E, context))
-        )
+        ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, threshold_E, context))
         weights_TK = divided_by_sum(scores_of(ids_TK, scores_TE))
         losses = {}
         if context.totals is not None:
@@ -87,12 +89,14 @@ class BatchwiseRouter(Router):
         return make_routing(logits_TE, scores_TE, ids_TK, weights_TK, losses=losses)
 
     def select(self, scores_TE: Tensor, threshold_E: Tensor, context: MoEContext) -> Tensor:
-        """Return (T, E) bool, the experts of each token; padding has none."""
+        """Return the (T, K) ids of the experts of each token; padding has none."""
         if context.training:
             size = max(1, len(scores_TE))
-            return best_tokens(scores_TE, size, self.config.top_k, context.valid_T)
+            return slots_of(best_tokens(scores_TE, size, self.config.top_k, context.valid_T))
         chosen_TE = scores_TE > threshold_E
-        return chosen_TE if context.valid_T is None else chosen_TE & context.valid_T[:, None]
+        if context.valid_T is not None:
+            chosen_TE = chosen_TE & context.valid_T[:, None]
+        return slots_of(chosen_TE)
 
 
 class ThresholdGate(RouterGate):

@@ -1,9 +1,13 @@
 """Expert choice: each expert takes the tokens that score highest with it.
 
-Zhou et al., arXiv 2202.09368. Of the n tokens of a group each of the E experts takes n c / E, so
-the load is even by construction, and a token has c experts on average: some many, some none.
-Not causal: whether a token is taken depends on the tokens after it (arXiv 2408.15664, section 5.2).
-Shapes: G groups, S tokens of a group, T = G S.
+Paper: Zhou et al., arXiv 2202.09368.
+Equations: scores and gates are softmax(W x) over experts; of the n tokens of a group each of the E
+    experts takes its best n c / E. So the load is even by construction, and a token has c experts
+    on average: some many, some none.
+Config: `model.moe.router: {name: expert_choice, factor: 2}`.
+Differs: n is of a sequence or a micro-batch. Not causal in either: whether a token is taken depends
+    on the tokens after it (arXiv 2408.15664, section 5.2).
+Shapes: G groups, S tokens of a group, T = G S, E experts.
 """
 
 from typing import ClassVar, Literal
@@ -65,13 +69,14 @@ class ExpertChoiceRouter(Router):
         """Route each token of `x_TD`, (T, D)."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        ids_TK = context.decide("expert_ids", lambda: slots_of(self.taken(scores_TE, context)))
+        ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
         return make_routing(logits_TE, scores_TE, ids_TK, scores_of(ids_TK, scores_TE))
 
-    def taken(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
-        """Return (T, E) bool, which tokens each expert takes; ties go to the first token."""
+    def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
+        """Return the (T, K) ids of the experts that take each token; ties go to the first token."""
         size = context.seq_len if self.config.group == "sequence" else len(scores_TE)
-        return best_tokens(scores_TE, max(1, size), self.config.factor, context.valid_T)
+        taken_TE = best_tokens(scores_TE, max(1, size), self.config.factor, context.valid_T)
+        return slots_of(taken_TE)
 
 
 def best_tokens(scores_TE: Tensor, size: int, factor: float, valid_T: Tensor | None) -> Tensor:

@@ -1,9 +1,14 @@
-"""Expert threshold routing: an expert takes each token whose score is above the expert's threshold.
+"""Expert threshold: an expert takes each token whose score is above the expert's threshold.
 
-Arxiv 2603.11535. The threshold is a running mean of the score that the expert's last token would
-have if the expert chose its share of each batch (expert choice). It comes from batches before this
-one, so the routing is causal, tokens have as many experts as their scores earn, and the load is
-even on average without a loss. Shapes: T tokens, E experts.
+Paper: arXiv 2603.11535.
+Equations: scores and gates are sigmoid(W x). The threshold is a running mean of the score that the
+    expert's last token would have if the expert chose its share of each batch (expert choice). It
+    comes from batches before this one, so the routing is causal, tokens have as many experts as
+    their scores earn, and the load is even on average without a loss.
+Config: `model.moe.router: {name: expert_threshold, target_k: 2}`.
+Differs: the score of the last token is that of each micro-batch, and their mean is taken, by
+    tokens, so that no layout changes it.
+Shapes: T tokens, E experts, K slots per token.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,12 @@
-"""A router that gives every expert the same load, whatever the tokens are: for benchmarks.
+"""Forced balance: every expert has the same load, whatever the tokens are, for benchmarks.
 
-Token t takes the experts t K, t K + 1, ... modulo E, or goes on where the token before it ended if
-each has a number of its own. The gates are those of a softmax over the choice, so that the work is
-that of a real router. Not a way to train a model that is to be used.
+Paper: none; not a way to train a model that is to be used.
+Equations: token t takes the experts t K, t K + 1, ... modulo E, or goes on where the token before
+    it ended if each has a number of its own. The gates are a softmax over the choice, so that the
+    work is that of a real router.
+Config: `model.moe.router: {name: forced_balance}`.
+Differs: from every other router.
+Shapes: T tokens, E experts, K slots per token.
 """
 
 from typing import Literal
@@ -40,13 +44,18 @@ class ForcedBalanceRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D), by its place alone."""
         logits_TE = self.gate(x_TD)
+        ids_TK = context.decide("expert_ids", lambda: self.select(logits_TE, context))
+        weights_TK = softmax_over_choice(ids_TK, logits_TE)
+        return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK)
+
+    def select(self, logits_TE: Tensor, context: MoEContext) -> Tensor:
+        """Return the (T, K) ids of the next experts for each token; padding has none."""
         num_tokens, num_experts = logits_TE.shape
         k = context.k_or(self.config.top_k)
-        k_T = torch.as_tensor(k, device=x_TD.device).expand(num_tokens)
-        place_K = torch.arange(most_slots(k), device=x_TD.device)
+        k_T = torch.as_tensor(k, device=logits_TE.device).expand(num_tokens)
+        place_K = torch.arange(most_slots(k), device=logits_TE.device)
         ids_TK = (k_T.cumsum(0) - k_T)[:, None] + place_K
         ids_TK = (ids_TK % num_experts).masked_fill(place_K >= k_T[:, None], -1)
-        weights_TK = softmax_over_choice(ids_TK, logits_TE)
-        if context.valid_T is not None:
-            ids_TK = ids_TK.masked_fill(~context.valid_T[:, None], -1)
-        return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK)
+        if context.valid_T is None:
+            return ids_TK
+        return ids_TK.masked_fill(~context.valid_T[:, None], -1)

@@ -1,7 +1,11 @@
-"""Hash layers: the word decides the expert, once and for all (Roller et al., arXiv 2106.04426).
+"""Hash layers: the word decides the expert, once and for all.
 
-A fixed random hash of the token's id in the vocabulary, another one in each layer; nothing is
-learned, and the gates are even. Shapes: T tokens, D model dim, E experts, K slots per token.
+Paper: Roller et al., arXiv 2106.04426.
+Equations: a fixed random hash of the token's id in the vocabulary, another one in each layer;
+    nothing is learned, and the gates are even.
+Config: `model.moe.router: {name: hash}`.
+Differs: a word may have several experts; the balanced hash of the paper is not there.
+Shapes: T tokens, D model dim, E experts, K slots per token.
 """
 
 from typing import ClassVar, Literal
@@ -47,10 +51,13 @@ class HashRouter(Router):
         key = stream_key(self.config.hash_seed, "hash_router", context.layer)
         draws_TE = token_uniform(key, context.vocab_ids_T, self.num_experts)
         draws_TE = draws_TE.to(torch.promote_types(x_TD.dtype, torch.float32))
-        k = context.k_or(self.config.top_k)
-        ids_TK = context.decide("expert_ids", lambda: choose(draws_TE, draws_TE, k, context))
+        ids_TK = context.decide("expert_ids", lambda: self.select(draws_TE, context))
         used_TK = (ids_TK >= 0).to(draws_TE.dtype)
         weights_TK = used_TK / used_TK.sum(1, keepdim=True).clamp(min=1)
         # There is no score: every expert is as good for a token as any other.
         scores_TE = torch.full_like(draws_TE, 1 / self.num_experts)
         return make_routing(torch.zeros_like(draws_TE), scores_TE, ids_TK, weights_TK)
+
+    def select(self, draws_TE: Tensor, context: MoEContext) -> Tensor:
+        """Return the (T, K) ids of the experts with the largest draws; padding has none."""
+        return choose(draws_TE, draws_TE, context.k_or(self.config.top_k), context)

@@ -1,9 +1,12 @@
-"""Two-level hierarchical MoE (Shazeer et al. 2017, arXiv 1701.06538, appendix B).
+"""Two-level hierarchical MoE: noisy top-k over groups of experts, and again within each.
 
-A primary gate chooses groups of experts, and in each chosen group a gate of its own chooses
-experts; both are noisy top-k, and an expert's gate is the product (eq. 12). Shapes: T tokens, D
-model dim, A groups, B experts of a group, E = A B experts, P groups and K experts a token uses,
-G sets of S tokens that a loss sums over.
+Paper: Shazeer et al. 2017, arXiv 1701.06538, appendix B.
+Equations: an expert's gate is the product of those of both levels (eq. 12); the load of an
+    expert is that of its group times its own within, over the tokens of the group (eq. 14).
+Config: `model.moe.router: {name: hierarchical, num_groups: 4}`.
+Differs: one product makes the logits of both levels for every token.
+Shapes: T tokens, D model dim, A groups, B experts of a group, E = A B experts, P groups and K
+    experts a token uses, G sets of S tokens that a loss sums over.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -96,14 +99,13 @@ class HierarchicalRouter(Router):
         noisy = with_noise(clean, std, context) if is_noisy else clean
         clean_TA, clean_TAB = self.levels(clean)
         groups_TA, experts_TAB = self.levels(noisy)
-        chosen_TE = context.decide("chosen", lambda: self.select(groups_TA, experts_TAB, context))
-        chosen_TAB = chosen_TE.view_as(experts_TAB)
+        ids_TK = context.decide("expert_ids", lambda: self.select(groups_TA, experts_TAB, context))
+        chosen_TAB = is_chosen(ids_TK, clean_TAB.flatten(1).shape[1]).view_as(experts_TAB)
         chosen_TA = chosen_TAB.any(-1)
         gates_TE = (
             softmax_within(groups_TA, chosen_TA)[:, :, None]
             * softmax_within(experts_TAB, chosen_TAB)
         ).flatten(1)
-        ids_TK = slots_of(chosen_TE, self.config.fixed_k)
         weights_TK = scores_of(ids_TK, gates_TE)
         size = self.config.group_size(len(x_TD), context)
         amounts_GE = {"importance": in_groups(gates_TE, size).sum(1)}
@@ -123,14 +125,14 @@ class HierarchicalRouter(Router):
         return logits[:, :num_groups], logits[:, num_groups:].unflatten(1, (num_groups, -1))
 
     def select(self, groups_TA: Tensor, experts_TAB: Tensor, context: MoEContext) -> Tensor:
-        """Return (T, E) bool, the experts of each token; padding has none."""
+        """Return the (T, K) ids of the experts of each token; padding has none."""
         group_ids_TP = top_k_ids(groups_TA, self.config.groups_per_token)
         expert_ids = top_k_ids(experts_TAB.flatten(0, 1), self.config.experts_per_group)
         chosen_TAB = is_chosen(expert_ids, experts_TAB.shape[2]).view_as(experts_TAB)
         chosen_TAB = chosen_TAB & is_chosen(group_ids_TP, groups_TA.shape[1])[:, :, None]
         if context.valid_T is not None:
             chosen_TAB = chosen_TAB & context.valid_T[:, None, None]
-        return chosen_TAB.flatten(1)
+        return slots_of(chosen_TAB.flatten(1), self.config.fixed_k)
 
 
 def softmax_within(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """A tree of routers: each expert of the outer router is itself a mixture, to any depth.
 
-y = sum_i g_i(x) sum_j g_ij(x) E_ij(x), the hierarchical mixture of Jordan and Jacobs (1994). As the
-inner mixtures read the same token, this is one layer over all leaves, with the product of gates,
-and so it is run: one dispatch, and the leaves are divided over `ep` like any experts. Where the
-experts are to be whole layers, see `dmoe.moe.nested`, which defines this one.
+Paper: Jordan and Jacobs, 1994, "Hierarchical mixtures of experts and the EM algorithm".
+Equations: y = sum_i g_i(x) sum_j g_ij(x) E_ij(x). As the inner mixtures read the same token, this
+    is one layer over all leaves, with the product of gates, and so it is run: one dispatch, and the
+    leaves are divided over `ep` like any experts.
+Config: `model.moe.router: {name: nested, groups: 4, outer: {...}, inner: {...}}`.
+Differs: gates may be sparse, by any router. Experts that are whole layers are `dmoe.moe.nested`,
+    which defines this one.
 Shapes: T tokens, G outer experts, I leaves of each, E = G I, K outer slots, J inner slots.
 """
 

@@ -1,8 +1,11 @@
-"""Noisy top-k gating of sparsely-gated MoE (Shazeer et al. 2017, arXiv 1701.06538).
+"""Noisy top-k gating: the k largest of logits with learned noise.
 
-The k largest of H(x) = x W_g + eps softplus(x W_noise), and a softmax over them (eq. 3-5). Two
-losses of its own even out the experts' importance and load. Shapes: T tokens, D model dim, E
-experts.
+Paper: sparsely-gated MoE, Shazeer et al. 2017, arXiv 1701.06538.
+Equations: H(x) = x W_g + eps softplus(x W_noise), and a softmax over its k largest (eq. 3-5). Two
+    losses of its own even out the experts' importance and load (eq. 6-11).
+Config: `model.moe.router: {name: noisy_top_k, top_k: 4}`.
+Differs: nothing; at inference there is no noise.
+Shapes: T tokens, D model dim, E experts, K slots per token.
 """
 
 from typing import Literal
@@ -51,8 +54,7 @@ class NoisyTopKRouter(Router):
         is_noisy = self.config.noise and context.training
         noisy_TE = with_noise(clean_TE, std_TE, context) if is_noisy else clean_TE
         scores_TE = clean_TE.softmax(-1)
-        k = context.k_or(self.config.top_k)
-        ids_TK = context.decide("expert_ids", lambda: choose(noisy_TE, scores_TE, k, context))
+        ids_TK = context.decide("expert_ids", lambda: self.select(noisy_TE, scores_TE, context))
         weights_TK = softmax_over_choice(ids_TK, noisy_TE)
         amounts_TE = {"importance": gates_of_experts(ids_TK, weights_TK, clean_TE.shape[1])}
         if is_noisy:
@@ -62,3 +64,7 @@ class NoisyTopKRouter(Router):
         amounts_GE = {name: in_groups(a_TE, size).sum(1) for name, a_TE in amounts_TE.items()}
         losses = self.config.losses(amounts_GE, len(x_TD), context)
         return make_routing(clean_TE, scores_TE, ids_TK, weights_TK, losses=losses)
+
+    def select(self, noisy_TE: Tensor, scores_TE: Tensor, context: MoEContext) -> Tensor:
+        """Return the (T, K) ids of the chosen experts; padding chooses none."""
+        return choose(noisy_TE, scores_TE, context.k_or(self.config.top_k), context)

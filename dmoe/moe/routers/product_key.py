@@ -1,8 +1,12 @@
-"""Product keys: which of a million experts a token looks up (PEER, He, arXiv 2407.04153).
+"""Product keys: which of a million experts a token looks up.
 
-Expert (i, j) of n x n has the key (c_i, c'_j), two of 2 n sub-keys, and its score is that of the
-halves of a query with them, summed. Several heads query the same keys and experts; the gates of a
-head are a softmax over its k best. Shapes: T tokens, H heads, Q half a query, n sub-keys.
+Paper: PEER, He, arXiv 2407.04153.
+Equations: expert (i, j) of n x n has the key (c_i, c'_j), two of 2 n sub-keys, and its score is
+    that of the halves of a query with them, summed. Several heads query the same keys and experts;
+    the gates of a head are a softmax over its k best.
+Config: `model.moe.router: {name: peer, heads: 8, top_k: 16}`; its layer is `dmoe.moe.peer`.
+Differs: queries are normed by RMSNorm unless `query_norm: batch` asks for the paper's norm.
+Shapes: T tokens, H heads, Q half a query, n sub-keys.
 """
 
 from collections.abc import Mapping

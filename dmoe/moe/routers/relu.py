@@ -1,8 +1,11 @@
 """ReMoE: the gate of an expert is relu(logit), and an expert whose gate is 0 is not used.
 
-Wang et al., arXiv 2412.14711. Routing is differentiable throughout: no top-k. An L1 penalty on the
-gates makes it sparse, and its size follows how far the number of experts is off its target; there
-one penalty serves all layers together, where here each layer has its own.
+Paper: Wang et al., arXiv 2412.14711.
+Equations: g = relu(W x), differentiable throughout: no top-k. An L1 penalty on the gates makes them
+    sparse; its weight is multiplied or divided by a factor after each step, as tokens had more or
+    fewer experts than the target, and may weigh each expert by its load.
+Config: `model.moe.router: {name: relu, target_k: 2}`.
+Differs: there one penalty serves all layers together; here each layer has its own.
 Shapes: T tokens, E experts, K slots per token.
 """
 

@@ -1,9 +1,12 @@
-"""Sinkhorn routing: top-k of probabilities brought to even column sums (Clark et al. 2022).
+"""Sinkhorn routing: top-k of probabilities brought to even column sums.
 
-arXiv 2202.01169, appendix B: the S-BASE router, a soft form of BASE's assignment. The rows of
-exp(logits) are scaled to sum to 1 and its columns to the same share of tokens, in turn; a token
-goes to its largest entry, with its plain probability as gate. At inference its largest logit
-decides. Shapes: G groups, S tokens of a group, T = G S, E experts.
+Paper: Clark et al. 2022, arXiv 2202.01169, appendix B: the S-BASE router, a soft form of BASE's.
+Equations: the rows of exp(logits) are scaled to sum to 1 and its columns to the same share of
+    tokens, in turn; a token goes to its largest entry, with its plain probability as gate. At
+    inference its largest logit decides.
+Config: `model.moe.router: {name: sinkhorn}`.
+Differs: the number of iterations is fixed.
+Shapes: G groups, S tokens of a group, T = G S, E experts.
 """
 
 import math

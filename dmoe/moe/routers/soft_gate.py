@@ -1,8 +1,10 @@
 """Soft gate: every token goes to every expert, weighed by a softmax over all of them.
 
-The gate of adaptive mixtures of local experts (Jacobs, Jordan, Nowlan and Hinton, 1991), as a layer
-of a language model: dense, so it is the reference that sparse routers save the work of. The losses
-of 1991, which compare each expert's output with the target, are in `dmoe.moe.adaptive`.
+Paper: adaptive mixtures of local experts, Jacobs, Jordan, Nowlan and Hinton, 1991.
+Equations: y = sum_e p_e E_e(x), p = softmax(W x).
+Config: `model.moe.router: {name: soft_gate}`.
+Differs: as a layer of a language model it is trained by the model's loss. The losses of 1991, which
+    compare each expert's output with the target, are in `dmoe.moe.adaptive`.
 Shapes: T tokens, D model dim, E experts.
 """
 
@@ -52,7 +54,12 @@ class SoftGateRouter(Router):
         """Route each token of `x_TD`, (T, D), to all experts."""
         logits_TE = self.gate(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        ids_TE = torch.arange(logits_TE.shape[1], device=x_TD.device).expand(logits_TE.shape)
-        if context.valid_T is not None:
-            ids_TE = ids_TE.masked_fill(~context.valid_T[:, None], -1)
+        ids_TE = context.decide("expert_ids", lambda: self.select(scores_TE, context))
         return make_routing(logits_TE, scores_TE, ids_TE, scores_TE)
+
+    def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
+        """Return the (T, E) ids of all experts; padding has none."""
+        ids_TE = torch.arange(scores_TE.shape[1], device=scores_TE.device).expand(scores_TE.shape)
+        if context.valid_T is None:
+            return ids_TE
+        return ids_TE.masked_fill(~context.valid_T[:, None], -1)

@@ -1,7 +1,11 @@
-"""Soft MoE: experts work on slots, weighted means of the tokens of a sequence (arXiv 2308.00951).
+"""Soft MoE: experts work on slots, weighted means of the tokens of a sequence.
 
-No token is sent or dropped, and everything is differentiable. The section here stands for a layer
-of its own, `dmoe.moe.soft`. Not causal: every slot is a mean over the whole sequence.
+Paper: Puigcerver et al., arXiv 2308.00951.
+Equations: slots are D^T X and tokens are C Y, where D and C are softmaxes of one matrix of logits X
+    Phi, over tokens and over slots. No token is sent or dropped, and everything is
+    differentiable.
+Config: `model.moe.router: {name: soft_moe, slots: 64}`; its layer is `dmoe.moe.soft`.
+Differs: padding has no part. Not causal: every slot is a mean over the whole sequence.
 Shapes: B sequences, S tokens of one, T = B S, D model dim, X slots of a sequence.
 """
 

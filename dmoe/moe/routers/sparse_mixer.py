@@ -1,9 +1,12 @@
-"""SparseMixer: sampled experts, with a gradient for the choice itself (Phi-3.5-MoE).
+"""SparseMixer: sampled experts, with a gradient for the choice itself.
 
-Liu et al., arXiv 2310.00811, and GRIN, arXiv 2409.12136, section 2. One expert after the other is
-drawn from a softmax over those whose logit is close to the best that is left. The gradient of its
-gate is then that of an estimate, by Heun's third-order method, of how the expected output changes:
-a draw that is not the best counts a third of the time at its whole gate and else at a third of it.
+Paper: Liu et al., arXiv 2310.00811; GRIN, arXiv 2409.12136, section 2 (Phi-3.5-MoE).
+Equations: one expert after the other is drawn from a softmax over those whose logit is close to the
+    best that is left. The gradient of its gate is that of an estimate, by Heun's third-order
+    method, of how the expected output changes: a draw that is not the best counts a third of the
+    time at its whole gate and else at a third of it.
+Config: `model.moe.router: {name: sparse_mixer, top_k: 2}`.
+Differs: any number of experts can be drawn.
 Shapes: T tokens, E experts, K slots per token.
 """
 
@@ -64,7 +67,7 @@ class SparseMixerRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         logits_TE = self.gate(x_TD)
-        draw = cache(lambda: self.draw(logits_TE.detach(), context))
+        draw = cache(lambda: self.select(logits_TE.detach(), context))
         ids_TK = context.decide("expert_ids", lambda: draw().ids_TK)
         close_TKE = context.decide("close_experts", lambda: draw().close_TKE)
         factors_TK = context.decide("gate_factors", lambda: draw().factors_TK)
@@ -74,8 +77,8 @@ class SparseMixerRouter(Router):
         weights_TK = gates_TK + (factors_TK - 1) * gates_TK.detach()
         return make_routing(logits_TE, logits_TE.softmax(-1), ids_TK, weights_TK)
 
-    def draw(self, logits_TE: Tensor, context: MoEContext) -> Draw:
-        """Draw the experts of every token; padding has none."""
+    def select(self, logits_TE: Tensor, context: MoEContext) -> Draw:
+        """Draw the experts of every token, with what their gates need; padding has none."""
         k = context.k_or(self.config.top_k)
         left_TE, steps = logits_TE, []
         for slot in range(most_slots(k)):

@@ -1,8 +1,15 @@
-"""Token-choice top-k routing: each token goes to the k experts with the largest scores.
+"""Top-k routing: each token goes to the k experts with the largest scores.
 
-Softmax over all experts and then the choice (Switch, OLMoE, Qwen3-MoE), the choice and then softmax
-over it (Mixtral), or sigmoid scores with a selection bias (DeepSeek-V3, arXiv 2412.19437, eq.
-12-16), from a limited number of groups of experts, such as those of a node.
+Paper: Switch (arXiv 2101.03961), GShard (2006.16668), Mixtral (2401.04088), DeepSeekMoE, V2 and V3
+    (2401.06066, 2405.04434, 2412.19437), OLMoE (2409.02060), Qwen3-MoE (2505.09388).
+Equations: scores are softmax(W x), or sigmoid(W x); the k largest of scores + bias are chosen, and
+    their scores, without the bias, are the gates, over their sum where `normalize` is set. With
+    `order: select_then_score` gates are a softmax over the chosen logits (Mixtral). With `groups`
+    only experts of a token's best groups can be chosen, such as those of a node (DeepSeek-V2, V3).
+    With `second_choice: random` the second expert is used with probability min(1, 2 g2) (GShard).
+Config: `model.moe.router: {name: top_k, top_k: 2}`.
+Differs: where a token has more experts than in training, it uses as many groups as hold them.
+Shapes: T tokens, D model dim, E experts, K slots per token, G groups, s experts of a group.
 """
 
 from collections.abc import Mapping

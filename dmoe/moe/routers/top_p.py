@@ -1,8 +1,13 @@
 """Top-p routing: a token takes its best experts until their probabilities sum to p.
 
-Dynamic-MoE (arXiv 2403.07652), the baseline of Matryoshka MoE. A controller may move p so that a
-token has a wanted number of experts on average (DTop-p, arXiv 2512.13996; there one p serves all
-layers, whose logits are normalised, where here each layer has its own).
+Paper: Dynamic-MoE, arXiv 2403.07652; the controller DTop-p, arXiv 2512.13996.
+Equations: k is the smallest number with sum of the k largest softmax(W x) >= p; the gates are these
+    probabilities. A controller of proportional and integral terms moves p after each step, so that
+    a token has a wanted number of experts on average.
+Config: `model.moe.router: {name: top_p, p: 0.4, controller: {target_k: 2}}`.
+Differs: in DTop-p one p serves all layers, whose logits are normalised; here each layer has its
+    own.
+Shapes: T tokens, E experts, K slots per token.
 """
 
 from collections.abc import Mapping

@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_whole_gate() -> None:
     router, x_TD = build(jitter=0.5), tokens()
     context = fresh()
     routing = router(x_TD, context)
-    draw = router.draw(router.gate(x_TD).detach(), fresh())
+    draw = router.select(router.gate(x_TD).detach(), fresh())
     assert (draw.factors_TK < 1).any()
     assert not draw.close_TKE.all()
     upstream = torch.randn(TOKENS, 2, generator=torch.Generator().manual_seed(5)).double()

@@ -8,6 +8,7 @@ from narrow_presets import CONFIGS, assert_gates_are, small, training, weighted,
 from torch import Tensor
 
 from dmoe.config import load_config
+from dmoe.moe import MoEContext, MoELayer
 
 
 def gates(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -21,15 +22,32 @@ def test_gates_are_those_of_the_paper() -> None:
 
 
 def test_losses_and_capacity_are_those_of_the_paper() -> None:
-    """Capacity 1.25 and 2.0, balance 1e-2, z-loss 1e-3; every fourth layer has experts."""
+    """Balance 1e-2, z-loss 1e-3; every fourth layer has experts."""
     config = small("st_moe")
-    assert (config.capacity.factor, config.capacity.eval_factor) == (1.25, 2.0)
     assert (config.losses.load_balance_weight, config.losses.z_loss_weight) == (0.01, 0.001)
     assert load_config(CONFIGS / "st_moe.yaml", ["model.num_layers=12"]).model.moe_layers == [
         3,
         7,
         11,
     ]
+
+
+@pytest.mark.parametrize(("in_training", "served"), [(True, 20), (False, 32)])
+def test_an_expert_serves_a_multiple_of_tokens_over_experts(in_training: bool, served: int) -> None:
+    """Of 1024 tokens and 64 experts: 1.25 x 16 in training and 2 x 16 outside, not of slots."""
+    layer = MoELayer(small("st_moe"), dim=8).double()
+    context = training(1024) if in_training else MoEContext(seq_len=1024)
+    _, output = layer(torch.zeros(1024, 8).double(), context)
+    assert output.stats.counts_E[:2].tolist() == [1024, 1024], "ties go to the first two"
+    assert 2 * 1024 - output.stats.dropped == 2 * served
+
+
+def test_the_balance_loss_counts_first_choices_by_hand() -> None:
+    """Both tokens have expert 0 first, of which P is 3/8 and E 4; second choices do not count."""
+    layer = with_few_experts("st_moe", 4)
+    x_TD = torch.tensor([[1.0, 1, 1, 1], [3, 1, 1, 1]], dtype=torch.float64).log()
+    loss = layer(x_TD, training(2))[1].losses["load_balance"]
+    assert loss.item() == pytest.approx(4 * 3 / 8)
 
 
 def test_the_z_loss_by_hand() -> None:
@@ -44,12 +62,9 @@ def test_the_z_loss_by_hand() -> None:
 
 
 def test_what_is_added_to_the_cross_entropy_by_hand() -> None:
-    """Eq. 6, the same tokens: both go to experts 0 and 1, which have 3/8 and 5/24 of P.
-
-    So the balance loss is 4 (1/2 x 3/8 + 1/2 x 5/24) = 7/6.
-    """
+    """Eq. 6, the same tokens."""
     layer = with_few_experts("st_moe", 4)
     x_TD = torch.tensor([[1.0, 1, 1, 1], [3, 1, 1, 1]], dtype=torch.float64).log()
     _, output = layer(x_TD, training(2))
     z = (math.log(4) ** 2 + math.log(6) ** 2) / 2
-    assert weighted(layer, output) == pytest.approx(0.01 * 7 / 6 + 0.001 * z)
+    assert weighted(layer, output) == pytest.approx(0.01 * 4 * 3 / 8 + 0.001 * z)
