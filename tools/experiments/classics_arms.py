@@ -23,9 +23,8 @@ def _capacity(factor: float) -> str:
 
 PLAIN = "plain"
 """Top-1, dropless, float32, initial standard deviation 0.02: what the other top-1 arms vary."""
-GRID = ((0, 0), (0.1, 0), (0, 0.1), (0.1, 0.1), (0.01, 0.01), (1, 1))
-"""Weights of the importance and of the load loss, after table 6 of arXiv 1701.06538, where one loss
-alone has 0.2 and not 0.1; the others are as there."""
+GRID = ((0, 0), (0.2, 0), (0, 0.2), (0.1, 0.1), (0.01, 0.01), (1, 1))
+"""Weights of the importance and of the load loss, those of table 6 of arXiv 1701.06538."""
 FACTORS = (0.5, 0.75, 1.0, 1.25, 2.0)
 """Capacity factors of a top-1 router."""
 

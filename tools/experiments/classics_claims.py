@@ -68,7 +68,7 @@ def of_importance_and_load(rows: Iterable[Json]) -> list[Claim]:
     runs = Runs(rows)
     weights = sorted((w for w in GRID if w[0] == w[1] and w[1]), key=lambda w: w[1])
     by_weight = [_BY_WEIGHTS[pair] for pair in weights]
-    importance, load = _BY_WEIGHTS[0.1, 0], _BY_WEIGHTS[0, 0.1]
+    importance, load = _BY_WEIGHTS[0.2, 0], _BY_WEIGHTS[0, 0.2]
     measured = {"CV(importance)": cv_importance, "CV(load)": cv_load, "max / mean load": max_load}
     return [
         below(

@@ -50,7 +50,7 @@ Each is judged in every seed: it holds if the first number is below the second.
 CHOICE = """
 ## Ways to choose, at equal active parameters
 
-The experts of a token have 128 gated neurons of 1,024 in each layer, or 192 plain ones of 1,521
+The experts of a token have 128 gated neurons of 1,024 in each layer, or 144 plain ones of 1,521
 with PEER, which has queries beside them. ReMoE starts with half of its experts, and so costs more
 at first. Seconds are CPU time of one thread, of the steps alone. The last column is the held-out
 loss when an arm had trained as long as the fastest one needed for all its steps, interpolated

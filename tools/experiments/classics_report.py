@@ -74,10 +74,9 @@ _TABLES = (
         """\
 ## Losses on importance and load (2017)
 
-Noisy top-2 with the weights w_importance, w_load, after table 6 of arXiv 1701.06538. CV is the
-standard deviation over the mean of an expert's amount in a micro-batch; that of the load is of the
-smooth estimate, and max / mean of the tokens themselves.
-The weights are not all those of the paper: one loss alone has 0.1 here and 0.2 there.""",
+Noisy top-2 with the weights w_importance, w_load of table 6 of arXiv 1701.06538. CV is the standard
+deviation over the mean of an expert's amount in a micro-batch; that of the load is of the smooth
+estimate, and max / mean of the tokens themselves.""",
         {
             "perplexity a byte": perplexity,
             "CV(importance)": cv_importance,
