@@ -47,22 +47,34 @@ class CapacityConfig(ConfigModel):
 
 
 def apply_capacity(
-    routing: Routing, config: CapacityConfig, context: MoEContext, *, by_triton: bool = False
+    routing: Routing,
+    config: CapacityConfig,
+    context: MoEContext,
+    *,
+    most_k: int | None = None,
+    by_triton: bool = False,
 ) -> Routing:
-    """Return the routing with the slots beyond capacity unused."""
+    """Return the routing with the slots beyond capacity unused.
+
+    Args:
+        routing: of a router.
+        config: the section.
+        context: of the layer.
+        most_k: slots that a token can have, on any rank; None for all experts.
+        by_triton: as in `keep_slots`.
+    """
+    num_tokens, num_experts = routing.scores_TE.shape
+    rule = config.rule(context, num_tokens)
 
     def decide() -> Tensor:
-        return keep_slots(
-            routing.expert_ids_TK,
-            routing.weights_TK,
-            routing.scores_TE.shape[1],
-            config.rule(context, len(routing.expert_ids_TK)),
-            by_triton=by_triton,
-        )
+        ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+        return keep_slots(ids_TK, weights_TK, num_experts, rule, by_triton=by_triton)
 
     ids_TK = context.decide("kept_ids", decide)
     return routing._replace(
-        expert_ids_TK=ids_TK, weights_TK=routing.weights_TK.masked_fill(ids_TK < 0, 0)
+        expert_ids_TK=ids_TK,
+        weights_TK=routing.weights_TK.masked_fill(ids_TK < 0, 0),
+        num_places=rule.num_places(num_tokens, most_k or num_experts, num_experts),
     )
 
 

@@ -69,7 +69,9 @@ class MoEConfig(ConfigModel):
     """Share of the neurons of each routed expert that fall out for a token in training (Switch
     fine-tunes with 0.4). The experts then run one after the other, whatever the backend."""
     dispatch: DispatchName = "auto"
-    """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several."""
+    """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several.
+    "buffers" sends every expert as many rows as its capacity, full or not: more is sent, but
+    nobody has to learn sizes first. It needs a `capacity`."""
     dispatch_dtype: DispatchDtype = "same"
     """How rows are sent to their experts: "same" as they are, "fp8" in eight bits, as numbers in
     e4m3 and a power of two for each 128 of them. What experts return, and all gradients, are sent
@@ -162,6 +164,24 @@ class MoEConfig(ConfigModel):
                     key=key,
                 )
         self.router.check(self)
+
+    @model_validator(mode="after")
+    def _buffers_have_a_size(self) -> "MoEConfig":
+        if self.dispatch != "buffers":
+            return self
+        if self.capacity is None:
+            raise ConfigError(
+                "dispatch = buffers sends as many rows to each expert as its capacity, and there "
+                "is none: add capacity, or set dispatch to auto",
+                key="dispatch",
+            )
+        if self.dispatch_dtype != "same":
+            raise ConfigError(
+                f"dispatch_dtype = {self.dispatch_dtype} does not go with dispatch = buffers, "
+                f"which sends rows as they are: leave out one of them",
+                key="dispatch_dtype",
+            )
+        return self
 
     @model_validator(mode="after")
     def _sends_tokens(self) -> "MoEConfig":

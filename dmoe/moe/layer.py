@@ -63,7 +63,10 @@ class RoutedLayer(SparseLayer):
         sent = served = self.zero_computation.without(routing) if self.zero_computation else routing
         if self.config.capacity is not None:
             by_triton = uses_kernels(self.config.backend, x_TD.device, x_TD.dtype)
-            served = apply_capacity(sent, self.config.capacity, context, by_triton=by_triton)
+            most_k = max(self.config.most_k, context.k if isinstance(context.k, int) else 0)
+            served = apply_capacity(
+                sent, self.config.capacity, context, most_k=most_k, by_triton=by_triton
+            )
         y_TD, within = self.run_experts(x_TD, served, context)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

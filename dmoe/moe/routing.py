@@ -36,6 +36,8 @@ class Routing(NamedTuple):
     losses: dict[str, Tensor]
     """The router's own losses, unweighted, in training: () each, this micro-batch's share of the
     global batch's; those that the weights of its section name."""
+    num_places: int | None = None
+    """The most slots that an expert serves, by a capacity, on any rank; None without one."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dmoe.ops.activation import Activation
 from dmoe.ops.backend import Backend, resolve_backend, uses_kernels
+from dmoe.ops.buffers import Places, from_buffers, places_of, to_buffers
 from dmoe.ops.expert_capacity import CapacityRule, keep_slots
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
 from dmoe.ops.fp8 import ExpertDtype
@@ -20,20 +21,24 @@ __all__ = [
     "CapacityRule",
     "ExpertDtype",
     "Linear",
+    "Places",
     "RowMap",
     "count_slots",
     "expert_ffn",
     "expert_ffn_loop",
+    "from_buffers",
     "gather",
     "gather_sum",
     "grouped_mm",
     "keep_slots",
+    "places_of",
     "resolve_backend",
     "rms_norm",
     "rotary_angles",
     "rotate",
     "router_gate",
     "sort_slots",
+    "to_buffers",
     "top_k_ids",
     "uses_kernels",
 ]

@@ -5,6 +5,7 @@ expert; it is served where that is less than the group's capacity. Shapes: T tok
 slots per token, G groups of tokens, S slots of a group.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,12 @@ class CapacityRule(NamedTuple):
     ones; "score" the largest gates, ties by token and choice."""
     slots: Literal["used", "all"] = "used"
     """Which slots are counted: those that are used, or all K of each token that uses any."""
+
+    def num_places(self, num_tokens: int, top_k: int, num_experts: int) -> int:
+        """Return the most slots of an expert that are served, where each token uses `top_k`."""
+        size = max(1, min(self.group_size, num_tokens))
+        capacity = max(self.minimum, math.ceil(self.factor * size * top_k / num_experts))
+        return min(-(-num_tokens // size) * capacity, num_tokens)
 
 
 def keep_slots(

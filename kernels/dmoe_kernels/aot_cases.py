@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmoe_kernels import (
+    buffers,
     capacity,
     chosen_masks,
     combine,
@@ -294,6 +295,8 @@ def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], in
     yield "slots", "starts, 128 experts", slots.starts_kernel, starts, {"BLOCK_E": 256}, 4
     constants = {"BLOCK": slots.BLOCK, "CHUNK": 16}
     yield "slots", "place", slots.place_kernel, pointers, constants, 4
+    pointers = {"x": "bf16", "tokens": "i64", "out": "bf16"}
+    yield "buffers", "dim 2048", buffers.fill_kernel, pointers, {"BLOCK_D": 1024}, 4
     pointers = {"ids": "i64", "counts": "i32", "positions": "i32"}
     yield "capacity", "position", capacity.position_kernel, pointers, constants, 4
 

@@ -33,6 +33,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "losses": {"load_balance_scope": 8, "load_balance_choices": "first"},
     },
     "expert_dropout": {"expert_dropout": 0.4},
+    # Of which tokens have different numbers, and some experts that are sent nothing.
+    "buffers": {
+        "router": {"name": "top_p", "p": 0.5},
+        "zero_computation": {"zeros": 1, "constants": 1},
+        "capacity": {"factor": 0.5, "minimum": 1, "group": "sequence"},
+        "dispatch": "buffers",
+        "expert_dropout": 0.4,
+    },
+    "buffers_by_score": {
+        "capacity": {"factor": 1.0, "minimum": 0, "policy": "score"},
+        "dispatch": "buffers",
+    },
     "soft_gate": {"router": {"name": "soft_gate"}},
     "noisy_top_k": {"router": {"name": "noisy_top_k", "balance_scope": "sequence"}},
     "hierarchical": {"router": {"name": "hierarchical", "num_groups": 4}},

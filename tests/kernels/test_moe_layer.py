@@ -6,6 +6,8 @@ from on_device import DEVICE, assert_close  # first: it skips this file where Tr
 
 from dmoe.moe import MoEConfig, MoEContext
 from dmoe.moe.routing import BatchTotals
+from dmoe.parallel import ParallelDims
+from dmoe.testing import run_distributed
 
 SEQUENCES, LENGTH, DIM = 3, 11, 16
 TOKENS = SEQUENCES * LENGTH
@@ -37,10 +39,14 @@ CASES = {
     "a random subset": ({}, {"k_L": (2,), "k_ideal": 4}),
     "capacity": ({"capacity": {"factor": 1.0, "minimum": 1}}, {}),
     "capacity by score": ({"capacity": {"factor": 0.5, "policy": "score", "group": 7}}, {}),
+    "buffers": (
+        {"capacity": {"factor": 0.5, "minimum": 1}, "dispatch": "buffers"},
+        {"k_L": (torch.arange(TOKENS) % 4 + 1,), "valid_T": torch.arange(TOKENS) % 5 > 0},
+    ),
     "top p": ({"router": {"name": "top_p"}}, {}),
     "fp8": ({"dispatch_dtype": "fp8", "recompute_experts": True}, {}),
 }
-QUICK = {"a k for each token", "padding", "capacity", "fp8"}
+QUICK = {"a k for each token", "padding", "capacity", "buffers", "fp8"}
 
 
 @pytest.mark.parametrize(
@@ -58,3 +64,47 @@ def test_equals_torch(name: str) -> None:
         )
     for got, want in zip(run(options, moved, "triton"), run(options, moved, "loop"), strict=True):
         assert_close(got, want, 5e-6)
+
+
+def _buffers_between_two_ranks() -> None:
+    """No size is read from the device, so rows that nobody sent are among those that arrive."""
+    dims = ParallelDims.create(ep=2)
+    options = {"capacity": {"factor": 0.7, "minimum": 1, "group": "sequence"}}
+    config = {"num_experts": 6, "expert_ffn_dim": 16, "losses": {"load_balance_weight": 0}}
+    x, dy = (t.chunk(2) for t in torch.randn(2, 4 * LENGTH, DIM, generator=_generator()))
+    results = []
+    for backend, layout, mine in (
+        ("triton", dims, slice(dims.ep_rank, dims.ep_rank + 1)),
+        ("loop", ParallelDims(), slice(0, 2)),
+    ):
+        section = {**config, **options, "backend": backend}
+        section |= {"dispatch": "buffers"} if backend == "triton" else {}
+        layer = MoEConfig.model_validate(section).build(dim=DIM, activation="swiglu", dims=layout)
+        held = layout.local_experts(6)
+        for name, parameter in layer.named_parameters():
+            shape = (6, *parameter.shape[1:]) if "experts" in name else parameter.shape
+            whole = 0.3 * torch.randn(shape, generator=_generator())
+            parameter.data = whole[held.start : held.stop] if "experts" in name else whole
+        leaf = torch.cat(x[mine]).requires_grad_()
+        context = MoEContext(LENGTH, totals=BatchTotals(4 * LENGTH, 4 * LENGTH, 4, 2))
+        y, output = layer(leaf, context)
+        y.backward(torch.cat(dy[mine]))
+        experts = [p.grad for name, p in layer.named_parameters() if "experts" in name]
+        results.append((y, leaf.grad, experts, output.stats.dropped))
+    (y, dx, experts, dropped), (all_y, all_dx, all_experts, all_dropped) = results
+    rows = slice(dims.ep_rank * len(y), (dims.ep_rank + 1) * len(y))
+    assert_close(y, all_y[rows], 5e-6)
+    assert_close(dx, all_dx[rows], 5e-6)
+    held = dims.local_experts(6)
+    for got, want in zip(experts, all_experts, strict=True):
+        assert_close(got, want[held.start : held.stop], 5e-6)
+    assert 0 < dropped < all_dropped
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="two processes in the interpreter")
+def test_buffers_between_ranks_equal_a_loop_on_one() -> None:
+    run_distributed(_buffers_between_two_ranks, 2)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dmoe.config.base import ConfigError
 from dmoe.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllHandle
+from dmoe.moe.dispatch.buffers import BufferDispatcher
 from dmoe.moe.dispatch.local import LocalDispatcher
 from dmoe.moe.dispatch.rows import DispatchDtype, Rows
 from dmoe.moe.routing import Routing
 from dmoe.ops import Backend
 from dmoe.parallel import ParallelDims
 
-DispatchName = Literal["auto", "local", "all_to_all"]
+DispatchName = Literal["auto", "local", "all_to_all", "buffers"]
 
 
 class Dispatcher(Protocol):
@@ -49,6 +50,8 @@ def build_dispatcher(
     Raises:
         ConfigError: "local" with experts on several ranks.
     """
+    if name == "buffers":
+        return BufferDispatcher(num_experts=num_experts, group=dims.ep_group, backend=backend)
     if dims.ep_group is None:
         return LocalDispatcher(num_experts=num_experts, backend=backend, dtype=dtype)
     if name == "local":
@@ -65,6 +68,7 @@ def build_dispatcher(
 __all__ = [
     "AllToAllDispatcher",
     "AllToAllHandle",
+    "BufferDispatcher",
     "DispatchDtype",
     "DispatchName",
     "Dispatcher",

@@ -12,8 +12,10 @@ from torch import Tensor
 from dmoe.config.base import ConfigError
 from dmoe.moe.dispatch import (
     AllToAllDispatcher,
+    BufferDispatcher,
     DispatchDtype,
     Dispatcher,
+    DispatchName,
     LocalDispatcher,
     Rows,
     build_dispatcher,
@@ -24,6 +26,8 @@ from dmoe.parallel import ParallelDims
 from dmoe.testing import run_distributed
 
 DIM, EXPERTS, TOP_K = 3, 8, 2
+PLACES = 14
+"""Of each expert in a buffer: as many as the slots of any process here that has one."""
 
 
 class Scenario(NamedTuple):
@@ -71,7 +75,7 @@ def forward_backward(
     *inputs, dy = leaves
     x, gates, scale = (t.clone().requires_grad_() for t in inputs)
     logits_TE = torch.zeros(len(x), EXPERTS)
-    routing = make_routing(logits_TE, logits_TE, ids_TK, gates)
+    routing = make_routing(logits_TE, logits_TE, ids_TK, gates)._replace(num_places=PLACES)
     rows, counts_e, handle = dispatcher.dispatch(x, routing)
     y = dispatcher.combine(run_experts(rows, counts_e, scale), handle)
     return y.detach(), *torch.autograd.grad(y, (x, gates, scale), dy)
@@ -95,10 +99,14 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "scenario"), scenarios(4).items())
-def test_local_equals_the_loop(name, scenario) -> None:
+@pytest.mark.parametrize(
+    "dispatcher",
+    [LocalDispatcher(num_experts=EXPERTS), BufferDispatcher(num_experts=EXPERTS, group=None)],
+    ids=["local", "buffers"],
+)
+@pytest.mark.parametrize(("name", "scenario"), scenarios(2).items())
+def test_equals_the_loop(name, scenario, dispatcher) -> None:
     leaves = leaves_of(sum(scenario.sizes))
-    dispatcher = LocalDispatcher(num_experts=EXPERTS)
     actual = forward_backward(dispatcher, scenario.ids_TK, leaves)
     assert_close(actual, loop(scenario.ids_TK, leaves))
 
@@ -114,11 +122,11 @@ def test_rows_are_sorted_by_expert_then_token() -> None:
     assert torch.equal(rows.weights_R, expected)
 
 
-def _compare_with_local(ep: int, dtype: DispatchDtype) -> None:
+def _compare_with_local(ep: int, dtype: DispatchDtype, way: DispatchName = "auto") -> None:
     """Compare every scenario over the ranks of each expert-parallel group."""
     dims = ParallelDims.create(ep=ep)
-    dispatcher = build_dispatcher("auto", num_experts=EXPERTS, dims=dims, dtype=dtype)
-    assert isinstance(dispatcher, AllToAllDispatcher)
+    dispatcher = build_dispatcher(way, num_experts=EXPERTS, dims=dims, dtype=dtype)
+    assert isinstance(dispatcher, AllToAllDispatcher if way == "auto" else BufferDispatcher)
     experts = dims.local_experts(EXPERTS)
     for name, (sizes, ids_TK) in scenarios(ep).items():
         x, gates, scale, dy = leaves = leaves_of(sum(sizes))
@@ -132,7 +140,7 @@ def _compare_with_local(ep: int, dtype: DispatchDtype) -> None:
         try:
             assert_close(actual, (y[mine], dx[mine], dgates[mine], dscale[held]))
         except AssertionError as error:
-            raise AssertionError(f"ep {ep}, {dtype}, scenario: {name}") from error
+            raise AssertionError(f"ep {ep}, {dtype}, {way}, scenario: {name}") from error
 
     with pytest.raises(ConfigError, match=rf"dispatch = local .* parallel.ep = {ep}"):
         build_dispatcher("local", num_experts=EXPERTS, dims=dims)
@@ -143,8 +151,11 @@ def _compare_on_groups_of_two_and_four() -> None:
         _compare_with_local(2, dtype)
         _compare_with_local(4, dtype)
 
+    for ep in (2, 4):
+        _compare_with_local(ep, "same", "buffers")
 
-def test_all_to_all_equals_local_on_all_the_tokens() -> None:
+
+def test_others_equal_local_on_all_the_tokens() -> None:
     run_distributed(_compare_on_groups_of_two_and_four, 4)
 
 
