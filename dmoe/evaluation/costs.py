@@ -19,7 +19,7 @@ from dmoe.config.base import ConfigError
 from dmoe.data import MicroBatch
 from dmoe.evaluation.perplexity import inputs_of
 from dmoe.models import DecoderLM, ModelConfig
-from dmoe.models.counts import flops_per_token, inactive, parameters
+from dmoe.models.counts import flops_per_token, inactive, multiplied
 from dmoe.models.k_profile import BudgetUnit
 from dmoe.moe import MoEContext
 from dmoe.moe.routing import Replay
@@ -85,11 +85,8 @@ def expert_costs(config: ModelConfig, k_max: int) -> Costs:
 
 def flop_costs(config: ModelConfig, k_max: int, *, seq_len: int) -> Costs:
     """Count the forward FLOPs of a token, as `flops_per_token` does, in a sequence of `seq_len`."""
-    by_layer: dict[int, Counter[int]] = {layer: Counter() for layer in config.moe_layers}
-    for info in parameters(config):
-        level = info.depth + (info.kind == "experts")
-        if info.layer in by_layer and level:
-            by_layer[info.layer][level] += info.shape.numel()
+    numbers = multiplied(config)
+    by_layer = [Counter({n: m for n, m in numbers[i].items() if n}) for i in config.moe_layers]
     return Costs(
         "flops",
         float(flops_per_token(config, seq_len, training=False, k=0)),
@@ -98,7 +95,7 @@ def flop_costs(config: ModelConfig, k_max: int, *, seq_len: int) -> Costs:
                 2.0 * (by_level.total() - inactive(config.moe, by_level, k, seq_len))
                 for k in range(1, k_max + 1)
             )
-            for by_level in by_layer.values()
+            for by_level in by_layer
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from dmoe.metrics.console import Console
 from dmoe.metrics.jsonl import JsonlWriter, read_metrics
-from dmoe.metrics.moe_stats import moe_rows
+from dmoe.metrics.moe_stats import moe_rows, statistics_within
 from dmoe.metrics.names import METRICS, MOE_STATISTICS, tensorboard_scalars
 from dmoe.metrics.tensorboard import TensorBoardWriter
 from dmoe.metrics.throughput import Throughput, Window, peak_flops
@@ -18,5 +18,6 @@ __all__ = [
     "moe_rows",
     "peak_flops",
     "read_metrics",
+    "statistics_within",
     "tensorboard_scalars",
 ]

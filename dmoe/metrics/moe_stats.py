@@ -57,6 +57,22 @@ def drop_fraction(counts_LE: ArrayLike, dropped_L: ArrayLike) -> Array:
     return _ratio(_float(dropped_L), _float(counts_LE).sum(axis=1))
 
 
+def statistics_within(counts_LME: ArrayLike, dropped_L: ArrayLike) -> dict[str, Array]:
+    """Return statistics of the layers inside each layer, (L,) each: of the worst one, or of all.
+
+    Args:
+        counts_LME: (L, M, E) assignments of the E experts of M layers inside each layer.
+        dropped_L: (L,) how many of them were dropped.
+    """
+    counts = _float(counts_LME)
+    load = _ratio(counts, counts.mean(axis=2, keepdims=True))
+    return {
+        "load_max_over_mean": load.max(axis=(1, 2)),
+        "dead_frac": (counts == 0).mean(axis=(1, 2)),
+        "drop_frac": _ratio(_float(dropped_L), counts.sum(axis=(1, 2))),
+    }
+
+
 def moe_rows(
     counts_LE: ArrayLike,
     dropped_L: ArrayLike,

@@ -110,16 +110,8 @@ def flops_per_token(
         k: mean experts per token; that of training if None, as `MoEConfig.mean_k` gives it.
     """
     by_level: Counter[int] = Counter()
-    leaf = config.moe.leaf if config.moe else None
-    for _, kind, shape, _, depth in parameters(config):
-        if len(shape) > 1 and kind != "embedding":
-            times = 1
-            if kind == "sub_keys" and leaf:  # every head looks at them
-                assert isinstance(leaf.router, PeerConfig)
-                times = leaf.router.heads
-            if kind in ("space", "deeper_neurons") and leaf and leaf.infinite:
-                times = leaf.infinite.samples
-            by_level[depth + (kind == "experts")] += shape.numel() * times
+    for numbers in multiplied(config).values():
+        by_level.update(numbers)
     if config.tie_embeddings:
         by_level[0] += config.vocab_size * config.dim
     attention = 4 * config.num_layers * config.num_heads * config.width_of_head * seq_len
@@ -128,6 +120,27 @@ def flops_per_token(
     used = by_level.total() - inactive(config.moe, by_level, k, seq_len)
     forward = 2 * used + attention
     return 3 * forward if training else forward
+
+
+def multiplied(config: ModelConfig) -> dict[int | None, Counter[int]]:
+    """Return the numbers that a token is multiplied with, were all experts its own, by layer.
+
+    For each layer, and None for what is in no layer, by how many experts they are inside of. A
+    matrix counts as often as it is used, and a tied output matrix does not.
+    """
+    by_layer: dict[int | None, Counter[int]] = {}
+    leaf = config.moe.leaf if config.moe else None
+    for layer, kind, shape, _, depth in parameters(config):
+        if len(shape) > 1 and kind != "embedding":
+            times = 1
+            if kind == "sub_keys" and leaf:  # every head looks at them
+                assert isinstance(leaf.router, PeerConfig)
+                times = leaf.router.heads
+            if kind in ("space", "deeper_neurons") and leaf and leaf.infinite:
+                times = leaf.infinite.samples
+            level = depth + (kind == "experts")
+            by_layer.setdefault(layer, Counter())[level] += shape.numel() * times
+    return by_layer
 
 
 def inactive(

@@ -105,11 +105,10 @@ class MoEConfig(ConfigModel):
         has_width = self.expert_layer is None or self.num_shared_experts
         for key in ("num_experts", "expert_ffn_dim") if has_width else ("num_experts",):
             if getattr(self, key) is None:
-                raise ConfigError(
-                    f"{key} is missing: give a number, or a section infinite for a continuous "
-                    f"space of experts",
-                    key=key,
-                )
+                instead = "or a section infinite for a continuous space of experts"
+                if self.expert_layer is not None and key == "expert_ffn_dim":
+                    instead = f"of which num_shared_experts = {self.num_shared_experts} are made"
+                raise ConfigError(f"{key} is missing: give a number, {instead}", key=key)
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 Paper: Jordan and Jacobs, 1994, "Hierarchical mixtures of experts and the EM algorithm".
 Equations: y = sum_e g_e(x) layer_e(x), where each layer_e is again such a sum.
 Config: `model.moe.expert_layer`, a section like `model.moe` for the layers inside.
-Differs: gates are sparse, and levels may have shared experts, capacity and losses of their own.
+Differs: gates may be sparse, by any router, and levels may have shared experts, capacity and losses
+    of their own. All is trained by the model's loss, not by EM.
 Shapes: T tokens, D model dim, E experts, K slots per token, R rows that came to an expert, n counts
     of a layer inside.
 """
@@ -81,10 +82,13 @@ class LayeredMoELayer(RoutedLayer):
         slots_En = (parts.pop("slots") * num_tokens).round().long()
         num_counted = self.inside.num_counted
         for expert, layer in enumerate(self._inner()):
-            num = max(1, int(rows_E[expert]))
+            num = int(rows_E[expert])
+            if not num:  # a layer that no token came to has nothing to adapt to
+                continue
             # Means over all tokens become those over the tokens that came here.
             mine = {name: mean[expert] * (num_tokens / num) for name, mean in parts.items()}
-            mine["within_slots"] = slots_En[expert, num_counted:] / num
+            if self.inside.expert_layer is not None:
+                mine["within_slots"] = slots_En[expert, num_counted:] / num
             layer.end_step(slots_En[expert, :num_counted], num, mine)
 
     def _inner(self) -> list[SparseLayer]:

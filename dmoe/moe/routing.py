@@ -115,6 +115,8 @@ class MoEContext:
     step: int = 0
     micro_batch: int = 0
     layer: int = 0
+    path: tuple[str, ...] = ()
+    """Where a router or layer is that is within another one: the names given to `inside`."""
     replay: Replay = field(default_factory=Replay)
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class MoEContext:
             self,
             replay=Inside(self.replay, name),
             seed=stream_key(self.seed, "nested", name),
+            path=(*self.path, name),
             k_L=None,
             k_ideal=None,
             gate_threshold=0.0,

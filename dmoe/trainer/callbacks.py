@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from dmoe.engine import StepResult
-from dmoe.metrics import moe_rows, peak_flops
+from dmoe.metrics import moe_rows, peak_flops, statistics_within
 from dmoe.models.counts import flops_per_token
+from dmoe.moe import MoEConfig
 from dmoe.trainer.config import Config
 from dmoe.trainer.journal import Journal
 from dmoe.trainer.loop import Callback, Trainer
@@ -69,7 +70,7 @@ class LogMetrics(Callback):
         return row | moe_rows(
             result.counts_LE,
             result.dropped_L,
-            result.means,
+            _means(result, self.config.model.moe),
             num_tokens=result.num_tokens,
             biases=biases if all(map(len, biases)) else (),
             layer_ids=self.config.model.moe_layers if detailed else (),
@@ -173,6 +174,27 @@ class _Slots:
     def mean_k(self) -> float:
         """Experts per token and MoE layer, without the dropped ones."""
         return self.served / max(1, self.possible)
+
+
+def _means(result: StepResult, moe: MoEConfig) -> dict[str, Any]:
+    """Return the means of a step, (L,) each; those of layers inside by the rows that came there."""
+    means: dict[str, Any] = {n: m for n, m in result.means.items() if not n.startswith("within_")}
+    slots_LMn, prefix, inside = result.vector_means.get("within_slots"), "within_", moe.expert_layer
+    while inside is not None:
+        assert slots_LMn is not None
+        slots_LMn = slots_LMn.reshape(len(slots_LMn), -1, inside.num_slots_counted)
+        counts_LME = slots_LMn[:, :, : inside.num_counted] * result.num_tokens
+        dropped_L = result.means[f"{prefix}dropped"] * result.num_tokens
+        within = statistics_within(counts_LME, dropped_L)
+        means |= {prefix + name: value for name, value in within.items()}
+        rows_L = result.vector_means[f"{prefix}rows"].sum(1).clamp(min=1e-12)
+        for name, mean_L in result.means.items():
+            own = name.removeprefix(prefix)
+            if own not in (name, "dropped") and not own.startswith("within_"):
+                means[name] = mean_L / rows_L
+        slots_LMn = slots_LMn[:, :, inside.num_counted :]
+        prefix, inside = f"{prefix}within_", inside.expert_layer
+    return means
 
 
 def _biases(layer: torch.nn.Module) -> torch.Tensor:

@@ -28,6 +28,26 @@ def test_flops_are_those_of_the_model(family: str) -> None:
     assert costs.of((2, 1, 3)) == costs.of((1, 1, 1)) + 3 * an_expert
 
 
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        {"num_experts": 4, "expert_ffn_dim": 16, "num_shared_experts": 1},
+        {"num_experts": 64, "expert_ffn_dim": 1, "router": {"name": "peer", "top_k": 3}},
+        {"num_experts": 4, "expert_ffn_dim": 16, "infinite": {"granularity": "block"}},
+        {"infinite": {"ffn_dim": 32, "samples": 3}},
+        {"infinite": {"ffn_dim": 32, "samples": 3, "deep": {"layers": 3}}},
+    ],
+    ids=["experts", "peer", "blocks", "neurons", "deep neurons"],
+)
+def test_flops_of_layers_inside_are_those_of_the_model(leaf) -> None:
+    sizes = {"vocab_size": 19, "dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24}
+    moe = {"num_dense_layers": 1, "num_experts": 3, "expert_layer": leaf}
+    config = ModelConfig.model_validate({**sizes, "moe": moe})
+    costs = flop_costs(config, 3, seq_len=8)
+    for k in (1, 2, 3):
+        assert costs.of((k, k)) == flops_per_token(config, 8, training=False, k=k)
+
+
 def test_seconds_grow_with_k_and_add_up() -> None:
     """With experts so wide that they are most of the work."""
     model = model_of(expert_ffn_dim=2048).float()

@@ -195,6 +195,68 @@ def test_routers_of_all_levels_adapt_to_their_own_tokens() -> None:
         assert torch.equal(leaf.router.expert_bias_E, bias_E)
 
 
+def test_a_layer_that_no_token_came_to_does_not_adapt() -> None:
+    """Else a penalty of ReMoE would fall without end, as no token has too many experts there."""
+    for tree in (
+        {"num_experts": 2, "router": TOP_1, "expert_layer": {**LEAF, "router": {"name": "relu"}}},
+        {
+            "num_experts": 4,
+            "expert_ffn_dim": 8,
+            "router": {"name": "nested", "groups": 2, "outer": TOP_1, "inner": {"name": "relu"}},
+        },
+    ):
+        layer = MoEConfig.model_validate(tree).build(dim=DIM, activation="gelu").double()
+        outer, inner = (
+            (layer.router, [one.router for one in layer.layers])
+            if isinstance(layer, LayeredMoELayer)
+            else (layer.router.outer, layer.router.inner)
+        )
+        outer.gate.weight.data = torch.stack((torch.ones(DIM), -torch.ones(DIM))).double()
+        for router in inner:
+            router.gate.weight.data.fill_(1.0)
+        _, output = layer(tokens().abs(), fresh())
+        means = {n: v.double() / TOKENS for n, v in output.stats.sums.items() if v.ndim}
+        layer.end_step(output.stats.counts_E, TOKENS, means)
+        assert [router.exponent.item() for router in inner] == [0, 0]
+        inner[0].gate.weight.data.fill_(-1.0)
+        _, output = layer(tokens().abs(), fresh())
+        means = {n: v.double() / TOKENS for n, v in output.stats.sums.items() if v.ndim}
+        layer.end_step(output.stats.counts_E, TOKENS, means)
+        assert [router.exponent.item() for router in inner] == [-1, 0]
+
+
+def test_a_tree_of_routers_inside_a_layer_adapts() -> None:
+    rate = {"name": "top_k", "top_k": 1, "normalize": False, "bias_update_rate": 0.5}
+    inside = {"name": "nested", "groups": 2, "outer": rate, "inner": rate}
+    layer = build({**TWO, "expert_layer": {**LEAF, "num_experts": 4, "router": inside}})
+    _, output = layer(tokens(), fresh())
+    means = {n: v.double() / TOKENS for n, v in output.stats.sums.items() if v.ndim}
+    layer.end_step(output.stats.counts_E, TOKENS, means)
+    biases = [b for name, b in layer.named_buffers() if name.endswith("expert_bias_E")]
+    assert len(biases) == 1 + 4 * 3
+    assert sum(bool(bias.any()) for bias in biases) > 6
+
+
+def test_a_hash_at_each_level_is_one_of_its_own() -> None:
+    """Else of 4 x 4 experts only the diagonal would be used."""
+    words = {"vocab_ids_T": torch.arange(TOKENS), "token_ids_T": torch.arange(TOKENS)}
+    hashed, top = {"name": "hash"}, 4
+    layer = build(
+        {
+            "num_experts": top,
+            "router": hashed,
+            "expert_layer": {**LEAF, "num_experts": top, "router": hashed},
+        }
+    )
+    _, output = layer(tokens(), fresh(**words))
+    slots = output.stats.sums["within_slots"].view(top, top)
+    assert (slots > 0).sum() > 2 * top
+    tree = {"name": "nested", "groups": top, "outer": hashed, "inner": hashed}
+    flat = MoEConfig.model_validate({"num_experts": 16, "expert_ffn_dim": 8, "router": tree})
+    _, output = flat.build(dim=DIM, activation="gelu").double()(tokens(), fresh(**words))
+    assert (output.stats.counts_E > 0).sum() > 2 * top
+
+
 def test_padding_comes_to_no_layer() -> None:
     valid_T = torch.arange(TOKENS) % 3 > 0
     layer, x_TD = build(TWO), tokens()
@@ -305,7 +367,7 @@ model:
             {"expert_layer": {**LEAF, "router": {"name": "soft_moe"}}},
             "expert_layer.router.name = soft_moe mixes whole sequences",
         ),
-        ({"num_shared_experts": 1}, "expert_ffn_dim is missing"),
+        ({"num_shared_experts": 1}, "a number, of which num_shared_experts = 1 are made"),
         ({"expert_layer": {"num_experts": 2}}, "expert_ffn_dim is missing"),
         ({"expert_layer": {**LEAF, "router": {"name": "top_k", "top_k": 3}}}, "top_k = 3 is more"),
     ],

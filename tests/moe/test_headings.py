@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dmoe.moe import expert_bias, losses, nested, peer, routers, soft
+from dmoe.moe import capacity, expert_bias, losses, nested, peer, routers, soft
 from dmoe.moe.experts import dropout, zero_computation
 
 HEADINGS = ["Paper", "Equations", "Config", "Differs", "Shapes"]
@@ -19,7 +19,7 @@ LOSSES = [
 METHODS = [
     *(importlib.import_module(section.__module__) for section in routers.ROUTERS),
     *LOSSES,
-    *(importlib.import_module("dmoe.moe.adaptive"), expert_bias, nested, peer, soft),
+    *(importlib.import_module("dmoe.moe.adaptive"), capacity, expert_bias, nested, peer, soft),
     *(dropout, zero_computation),
 ]
 

@@ -12,10 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import InterruptedTrainingError, Watch, tiny_config
 
 from dmoe.config import load_config
+from dmoe.engine import StepResult
 from dmoe.metrics.jsonl import read_metrics
 from dmoe.metrics.names import tensorboard_scalars
 from dmoe.models.counts import flops_per_token
+from dmoe.moe import MoEConfig
 from dmoe.train import measure
+from dmoe.trainer import callbacks
 from dmoe.trainer.build import open_run
 from dmoe.trainer.callbacks import Evaluate, LogMetrics, SaveCheckpoints, TellStatus
 from dmoe.trainer.config import Config
@@ -93,6 +96,46 @@ def test_levels_of_experts_have_biases_and_losses_of_their_own(
     assert 0 < row["moe/bias_absmax_max"] <= 0.06
     assert row["moe/k_mean_mean"] == pytest.approx(2)
     assert row["moe/within_load_balance_loss"] > row["aux_loss"] > 0
+    assert 0 < row["moe/within_entropy_mean"] < 1
+    assert 1 <= row["moe/within_load_max_over_mean_mean"] <= 6
+    assert 0 <= row["moe/within_dead_frac_mean"] < 1
+    assert row["moe/within_drop_frac_mean"] == 0
+    assert not any("slots" in key or "rows" in key for key in row)
+
+
+def test_statistics_of_three_levels_by_hand() -> None:
+    """One layer of two, each of one layer of two experts: 4 and 2 tokens, of 6, came to them."""
+    leaf = {"num_experts": 2, "expert_ffn_dim": 8, "router": {"name": "top_k", "top_k": 1}}
+    middle = {"num_experts": 1, "router": {"name": "top_k", "top_k": 1}, "expert_layer": leaf}
+    moe = MoEConfig.model_validate({"num_experts": 2, "expert_layer": middle})
+    slots = torch.tensor([[4, 3, 1, 2, 0, 2]]) / 6
+    vectors = {
+        "within_slots": slots,
+        "within_rows": torch.tensor([[4, 2]]) / 6,
+        "within_within_rows": torch.tensor([[4, 2]]) / 6,
+    }
+    means = {
+        "entropy": torch.tensor([0.5]),
+        "within_entropy": torch.tensor([0.25]),
+        "within_within_entropy": torch.tensor([0.75]),
+        "within_dropped": torch.tensor([0.0]),
+        "within_within_dropped": torch.tensor([1 / 6]),
+    }
+    result = StepResult(0.0, {}, torch.tensor([[4, 2]]), torch.zeros(1), means, vectors, 6)
+    told = {name: value.item() for name, value in callbacks._means(result, moe).items()}
+    assert told == pytest.approx(
+        {
+            "entropy": 0.5,
+            "within_entropy": 0.25,
+            "within_load_max_over_mean": 1,
+            "within_dead_frac": 0,
+            "within_drop_frac": 0,
+            "within_within_entropy": 0.75,
+            "within_within_load_max_over_mean": 2,
+            "within_within_dead_frac": 1 / 4,
+            "within_within_drop_frac": 1 / 6,
+        }
+    )
 
 
 def test_rows_and_curves_of_a_run_with_a_skipped_step(token_store: Path, tmp_path: Path) -> None:

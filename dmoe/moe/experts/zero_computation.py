@@ -5,8 +5,9 @@ Paper: MoE++, arXiv 2410.07348, section 3.1; the identity experts of LongCat-Fla
 Equations: zero(x) = 0, copy(x) = x, constant(x) = a_1 x + a_2 v, with (a_1, a_2) = softmax(W x). A
     token that chooses one has fewer networks, so simple tokens cost less.
 Config: `model.moe.zero_computation: {zeros: 1, copies: 1, constants: 2, target_k: 3}`.
-Differs: `target_k` steers the mean number of networks by the selection bias, as in LongCat-Flash,
-    whatever kind these experts are.
+Differs: `target_k` steers the mean number of networks by the selection bias of all experts, a step
+    of one size at a time; LongCat-Flash moves that of the networks alone, in proportion to the
+    error. MoE++'s gating residuals and its balance loss of two kinds of experts are not there.
 Shapes: T tokens, D model dim, K slots, Z such experts, C constants.
 """
 

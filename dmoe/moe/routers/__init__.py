@@ -1,4 +1,4 @@
-"""Routers: `router(x_TD, context) -> Routing`. Each file has a config, a `build` and a module."""
+"""Routers: `router(x_TD, context) -> Routing`. Each file has five headings, a config, a router."""
 
 from dmoe.moe.routers.base import Router, RouterConfig, RouterGate, RouterSection
 from dmoe.moe.routers.base_layer import BaseLayerConfig, BaseLayerRouter

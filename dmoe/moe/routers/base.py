@@ -125,8 +125,9 @@ RouterConfig = Annotated[
 class Router(nn.Module):
     """Decides which experts each token goes to, and with what weights.
 
-    All are alike: `gate` makes logits, `select` the (T, K) ids of the experts, -1 where unused, and
-    `forward` the gates of these. The choice is made inside `context.decide`.
+    All but a tree of routers are alike: `gate` makes logits, `select` the (T, K) ids of the
+    experts, -1 where unused, and `forward` the gates of these. The choice is made inside
+    `context.decide`.
 
     Its submodule `gate` holds its parameters and computes in float32 at least.
     """

@@ -5,7 +5,8 @@ Equations: scores and gates are softmax(W x) over experts; of the n tokens of a 
     experts takes its best n c / E. So the load is even by construction, and a token has c experts
     on average: some many, some none.
 Config: `model.moe.router: {name: expert_choice, factor: 2}`.
-Differs: n is of a sequence or a micro-batch. Not causal in either: whether a token is taken depends
+Differs: n is of a sequence or a micro-batch, and a token may have any number of experts: the
+    variant with a limit is not there. Not causal in either: whether a token is taken depends
     on the tokens after it (arXiv 2408.15664, section 5.2).
 Shapes: G groups, S tokens of a group, T = G S, E experts.
 """

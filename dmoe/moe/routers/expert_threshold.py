@@ -114,7 +114,7 @@ class ExpertThresholdRouter(Router):
     ) -> None:
         """Move the running means towards the cutoffs of the step."""
         assert means is not None, "the cutoffs of the step"
-        if not counts_E.any():  # a step of nothing but padding
+        if not means["cutoff"].any():  # a step of nothing but padding: scores are above 0
             return
         decay = self.config.decay
         self.cutoff_E.mul_(decay).add_((1 - decay) * means["cutoff"].to(self.cutoff_E))

@@ -2,7 +2,7 @@
 
 Paper: Roller et al., arXiv 2106.04426.
 Equations: a fixed random hash of the token's id in the vocabulary, another one in each layer;
-    nothing is learned, and the gates are even.
+    nothing is learned, and the gates are even. So has each router or layer within another one.
 Config: `model.moe.router: {name: hash}`.
 Differs: a word may have several experts; the balanced hash of the paper is not there.
 Shapes: T tokens, D model dim, E experts, K slots per token.
@@ -48,7 +48,7 @@ class HashRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D), by its word alone."""
         assert context.vocab_ids_T is not None, "hash routing needs the ids of the words"
-        key = stream_key(self.config.hash_seed, "hash_router", context.layer)
+        key = stream_key(self.config.hash_seed, "hash_router", context.layer, *context.path)
         draws_TE = token_uniform(key, context.vocab_ids_T, self.num_experts)
         draws_TE = draws_TE.to(torch.promote_types(x_TD.dtype, torch.float32))
         ids_TK = context.decide("expert_ids", lambda: self.select(draws_TE, context))

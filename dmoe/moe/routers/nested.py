@@ -5,8 +5,8 @@ Equations: y = sum_i g_i(x) sum_j g_ij(x) E_ij(x). As the inner mixtures read th
     is one layer over all leaves, with the product of gates, and so it is run: one dispatch, and the
     leaves are divided over `ep` like any experts.
 Config: `model.moe.router: {name: nested, groups: 4, outer: {...}, inner: {...}}`.
-Differs: gates may be sparse, by any router. Experts that are whole layers are `dmoe.moe.nested`,
-    which defines this one.
+Differs: gates may be sparse, by any router, and are trained by the model's loss, not by EM. Experts
+    that are whole layers are `dmoe.moe.nested`, which defines this one.
 Shapes: T tokens, G outer experts, I leaves of each, E = G I, K outer slots, J inner slots.
 """
 
@@ -172,10 +172,12 @@ class NestedRouter(Router):
         for group, router in enumerate(self._inner()):
             leaves = slice(group * self.num_inner, (group + 1) * self.num_inner)
             num = int(slots_G[group])
+            if not num:  # a router that no token came to has nothing to adapt to
+                continue
             # Means over all tokens become those over the tokens that came here.
-            share = num_tokens / max(1, num)
+            share = num_tokens / num
             inner = {name: share * mean_E[leaves] for name, mean_E in by_level["inner"].items()}
-            router.end_step(counts_E[leaves], max(1, num), inner)
+            router.end_step(counts_E[leaves], num, inner)
 
     def _inner(self) -> list[Router]:
         return cast(list[Router], list(self.inner))

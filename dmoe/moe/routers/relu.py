@@ -2,10 +2,11 @@
 
 Paper: Wang et al., arXiv 2412.14711.
 Equations: g = relu(W x), differentiable throughout: no top-k. An L1 penalty on the gates makes them
-    sparse; its weight is multiplied or divided by a factor after each step, as tokens had more or
-    fewer experts than the target, and may weigh each expert by its load.
+    sparse; its weight is multiplied by a factor after a step with more experts a token than the
+    target, and divided by it after one with fewer, and it may weigh each expert by its load.
 Config: `model.moe.router: {name: relu, target_k: 2}`.
-Differs: there one penalty serves all layers together; here each layer has its own.
+Differs: there one penalty serves all layers together, on the mean over layers; here each layer has
+    its own, and their sum counts.
 Shapes: T tokens, E experts, K slots per token.
 """
 
@@ -36,9 +37,10 @@ class ReluConfig(RouterSection):
     penalty: PositiveFloat = 1e-8
     """Weight of the penalty at the first step."""
     penalty_factor: float = Field(default=1.2, gt=1)
-    """After each step the weight is multiplied by it where tokens had more experts than the target,
-    and else divided by it. Where the weight grows faster than the router learns, it overshoots the
-    target, and experts that no token uses any more do not come back: take less in short runs."""
+    """The weight is multiplied by it after a step in which tokens had more experts than the target,
+    and divided by it after one in which they had fewer. Where the weight grows faster than the
+    router learns, it overshoots the target, and experts that no token uses any more do not come
+    back: take less in short runs."""
     balance: bool = True
     """Penalise the gates of an expert in proportion to its load in the micro-batch, so that loads
     become even."""

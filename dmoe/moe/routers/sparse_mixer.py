@@ -3,8 +3,8 @@
 Paper: Liu et al., arXiv 2310.00811; GRIN, arXiv 2409.12136, section 2 (Phi-3.5-MoE).
 Equations: one expert after the other is drawn from a softmax over those whose logit is close to the
     best that is left. The gradient of its gate is that of an estimate, by Heun's third-order
-    method, of how the expected output changes: a draw that is not the best counts a third of the
-    time at its whole gate and else at a third of it.
+    method, of how the expected output changes: a draw that is not the best counts a quarter of
+    the time at its whole gate and else at a third of it.
 Config: `model.moe.router: {name: sparse_mixer, top_k: 2}`.
 Differs: any number of experts can be drawn.
 Shapes: T tokens, E experts, K slots per token.

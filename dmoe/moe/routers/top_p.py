@@ -2,9 +2,11 @@
 
 Paper: Dynamic-MoE, arXiv 2403.07652; the controller DTop-p, arXiv 2512.13996.
 Equations: k is the smallest number with sum of the k largest softmax(W x) >= p; the gates are these
-    probabilities. A controller of proportional and integral terms moves p after each step, so that
-    a token has a wanted number of experts on average.
-Config: `model.moe.router: {name: top_p, p: 0.4, controller: {target_k: 2}}`.
+    probabilities, over their sum with `normalize`. Dynamic-MoE adds the mean entropy of the
+    probabilities to the loss, which keeps experts few. DTop-p moves p after each step instead, by a
+    controller of proportional and integral terms, so that a token has a wanted number on average.
+Config: `model.moe.router: {name: top_p, p: 0.4, entropy_weight: 0.0001}`, or with `controller:
+    {target_k: 2}`.
 Differs: in DTop-p one p serves all layers, whose logits are normalised; here each layer has its
     own.
 Shapes: T tokens, E experts, K slots per token.
@@ -52,6 +54,9 @@ class TopPConfig(RouterSection):
     normalize: bool = True
     """Divide a token's gates by their sum. A token of one expert then has the gate 1, and teaches
     the router by the balance losses alone."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the entropy of a token's probabilities, in nats, as a loss: without it a router can
+    earn more experts by making them all alike (Dynamic-MoE: 0.0001)."""
     controller: ControllerConfig | None = None
     """Moves p towards a mean number of experts; null to leave it where it is."""
 
@@ -70,6 +75,10 @@ class TopPConfig(RouterSection):
         """Return what must not be above the number of experts, by the keys of `model.moe`."""
         target = self.controller.target_k if self.controller else None
         return {"router.max_k": self.max_k, "router.controller.target_k": target}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weight of the entropy, if it has one."""
+        return {"entropy": self.entropy_weight} if self.entropy_weight else {}
 
     def nominal_k(self, num_experts: int) -> float:
         """Return the controller's target; without one the most, as p does not tell."""
@@ -105,7 +114,13 @@ class TopPRouter(Router):
         weights_TK = scores_of(ids_TK, scores_TE)
         if self.config.normalize:
             weights_TK = divided_by_sum(weights_TK)
-        return make_routing(logits_TE, scores_TE, ids_TK, weights_TK)
+        losses = {}
+        if context.totals is not None and self.config.entropy_weight:
+            entropy_T = -(scores_TE * logits_TE.log_softmax(-1)).sum(1)
+            if context.valid_T is not None:
+                entropy_T = entropy_T * context.valid_T
+            losses["entropy"] = entropy_T.sum() / context.totals.num_tokens
+        return make_routing(logits_TE, scores_TE, ids_TK, weights_TK, losses=losses)
 
     def select(self, scores_TE: Tensor, context: MoEContext) -> Tensor:
         """Return the (T, K) ids of the chosen experts; padding chooses none."""

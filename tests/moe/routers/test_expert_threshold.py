@@ -101,3 +101,16 @@ def test_a_number_of_experts_at_inference_is_the_plain_top_k() -> None:
     router, x_TD = build(), tokens()
     ids_TK = router(x_TD, MoEContext(seq_len=TOKENS, k_L=(2,))).expert_ids_TK
     assert torch.equal(ids_TK, router.gate(x_TD).topk(2).indices)
+
+
+def test_a_step_without_experts_lowers_the_thresholds_and_one_of_padding_does_not() -> None:
+    router, x_TD = build(decay=0.5), tokens()
+    router.cutoff_E.fill_(0.95)
+    router.weight_sum.fill_(1.0)
+    x_TD = x_TD * 0.1  # scores of about a half
+    routing = router(x_TD, MoEContext(seq_len=TOKENS, totals=TOTALS))
+    assert not routing.counts_E.any()
+    router.end_step(routing.counts_E, TOKENS, {"cutoff": torch.zeros(EXPERTS)})
+    assert router.thresholds().tolist() == pytest.approx([0.95] * EXPERTS)
+    router.end_step(routing.counts_E, TOKENS, {"cutoff": routing.sums["cutoff"] / TOKENS})
+    assert (router.thresholds() < 0.8).all()

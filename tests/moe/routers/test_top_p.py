@@ -188,3 +188,15 @@ def test_how_many_experts_it_is_counted_with() -> None:
     assert (config.fixed_k, config.nominal_k(8), config.most_k(8)) == (None, 8, 8)
     config = TopPConfig(name="top_p", max_k=4, controller={"target_k": 2.5})
     assert (config.nominal_k(8), config.most_k(8)) == (2.5, 4)
+
+
+def test_the_entropy_is_a_loss_by_hand() -> None:
+    """Probabilities 3/4 and 1/4; padding does not count."""
+    router = build(2, 1, entropy_weight=0.1)
+    router.gate.weight.data = torch.tensor([[3.0], [1.0]]).double().log()
+    valid_T, totals = torch.tensor([True, False, True]), BatchTotals(2, 2, 1, 1)
+    routing = router(torch.ones(3, 1).double(), MoEContext(3, valid_T=valid_T, totals=totals))
+    expected = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
+    assert routing.losses["entropy"].item() == pytest.approx(expected)
+    assert router.config.loss_weights() == {"entropy": 0.1}
+    assert build(2, 1)(torch.ones(3, 1).double(), MoEContext(3, totals=totals)).losses == {}
