@@ -28,10 +28,9 @@ from dmoe.parallel import ParallelDims
 class LayeredMoELayer(RoutedLayer):
     """Experts that are MoE layers.
 
-    Each runs on the rows of this rank that came to it, and divides
-    its own experts over `ep`; so ranks call all of them, one after the other, also without rows.
-    Where the levels are but routers over experts of one kind, `router.name: nested` does the same
-    in one dispatch.
+    Each runs on the rows of this rank that came to it, and divides its own experts over `ep`; so
+    ranks call all of them, one after the other, also without rows. Where the levels are but routers
+    over experts of one kind, `router.name: nested` does the same in one dispatch.
     """
 
     def __init__(self, config: MoEConfig, *, dim: int, activation: Activation, dims: ParallelDims):
