@@ -270,6 +270,8 @@ def _moe_width(config: ModelConfig, moe: MoEConfig, seq_len: int, *, exchanged: 
     # `expert_ffn` keeps its input, shared with the norm unless it came from afar or was rounded,
     # and gate and up.
     arrived = _passes(moe, seq_len) if exchanged else float(moe.dispatch_dtype != "same")
+    if moe.dispatch == "buffers" and moe.capacity is not None:
+        arrived = min(moe.capacity.factor * moe.most_k, moe.num_networks)
     routed = _routed_width(config, moe, seq_len) + round(arrived * config.dim)
     return routed + shared
 

@@ -1,9 +1,9 @@
 """Adaptive mixtures of local experts, to be used alone: any expert modules under a soft gate.
 
 Paper: Jacobs, Jordan, Nowlan and Hinton, 1991.
-Equations: the three losses that the paper compares: |d - sum_e p_e o_e|^2, cooperative (eq. 1);
-    sum_e p_e |d - o_e|^2, competitive (eq. 2); -log sum_e p_e exp(-|d - o_e|^2 / 2), the likelihood
-    of a mixture (eq. 3).
+Equations: the three losses that the paper compares: |d - sum_e p_e o_e|^2, cooperative (eq. 1.1);
+    sum_e p_e |d - o_e|^2, competitive (eq. 1.2); -log sum_e p_e exp(-|d - o_e|^2 / 2), the
+    likelihood of a mixture (eq. 1.3).
 Config: none: `AdaptiveMixture(experts, gate)` and `regression_loss` or `classification_loss`.
 Differs: for classification experts give logits of classes, and their likelihoods are mixed.
 Shapes: T cases, E experts, O outputs, C classes.
@@ -88,8 +88,8 @@ def regression_loss(
     Args:
         output: of an `AdaptiveMixture`.
         targets_TO: (T, O) targets.
-        objective: "cooperative", |d - sum_i p_i o_i|^2 (eq. 1); "competitive", sum_i p_i |d -
-            o_i|^2 (eq. 2); or "likelihood", -log sum_i p_i exp(-|d - o_i|^2 / 2) (eq. 3).
+        objective: "cooperative", |d - sum_i p_i o_i|^2 (eq. 1.1); "competitive", sum_i p_i |d -
+            o_i|^2 (eq. 1.2); or "likelihood", -log sum_i p_i exp(-|d - o_i|^2 / 2) (eq. 1.3).
 
     Raises:
         ValueError: the objective is none of these, or the targets have another shape.

@@ -1,8 +1,8 @@
 """Expert capacity: how many slots an expert serves in a group of tokens, and which ones it drops.
 
 Paper: Switch, arXiv 2101.03961, eq. 3; GShard, arXiv 2006.16668, section 2.2.
-Equations: an expert serves ceil(factor x slots / E) of the slots of a group of tokens, and a slot
-    beyond becomes -1: the token's residual carries it on.
+Equations: an expert serves ceil(factor x slots / E) of the slots of a group of tokens, `minimum` at
+    least, and a slot beyond becomes -1: the token's residual carries it on.
 Config: `model.moe.capacity: {factor: 1.25}`.
 Differs: the factor is of slots, of which a token has K, where papers mostly count tokens. It is a
     policy on the routing, not a way to execute it; `dispatch: buffers` executes it as they do.

@@ -70,8 +70,9 @@ class MoEConfig(ConfigModel):
     fine-tunes with 0.4). The experts then run one after the other, whatever the backend."""
     dispatch: DispatchName = "auto"
     """How rows reach their experts; "auto" is "local" on one rank and "all_to_all" on several.
-    "buffers" sends every expert as many rows as its capacity, full or not: more is sent, but
-    nobody has to learn sizes first. It needs a `capacity`."""
+    "buffers" sends every expert as many rows as its capacity could be, full or not: more is sent,
+    but nobody has to learn sizes first. It needs a `capacity`, which is counted as if each token
+    had the most experts that it may have."""
     dispatch_dtype: DispatchDtype = "same"
     """How rows are sent to their experts: "same" as they are, "fp8" in eight bits, as numbers in
     e4m3 and a power of two for each 128 of them. What experts return, and all gradients, are sent
@@ -127,6 +128,11 @@ class MoEConfig(ConfigModel):
             for key in ("every", "num_dense_layers", "elastic")
             if inside._gives(key)
         ]
+        if inside.dispatch == "buffers":
+            reason = (
+                "= buffers has ranks send as many rows, and not as many come to each layer inside"
+            )
+            idle.append(("expert_layer.dispatch", reason))
         if inside.infinite is None and inside.router.mixes_sequences:
             reason = f"= {inside.router.name} mixes whole sequences, and only some tokens come here"
             idle.append(("expert_layer.router.name", reason))
@@ -168,6 +174,13 @@ class MoEConfig(ConfigModel):
     def _buffers_have_a_size(self) -> "MoEConfig":
         if self.dispatch != "buffers":
             return self
+        if self.infinite is None and self.router.stands_for_layer:
+            raise ConfigError(
+                f"dispatch = buffers is for tokens that are sent to experts by the ordinary layer, "
+                f"but router.name = {self.router.name} has a layer of its own: set dispatch to "
+                f"auto",
+                key="dispatch",
+            )
         if self.capacity is None:
             raise ConfigError(
                 "dispatch = buffers sends as many rows to each expert as its capacity, and there "

@@ -46,7 +46,9 @@ class RoutedLayer(SparseLayer):
         self.config = config
         self.world_group = dims.world_group if dims else None
         self.router = config.used_router.build(dim=dim, num_experts=config.experts)
-        self.router.backend = config.backend
+        for module in self.router.modules():  # also those of a tree
+            if isinstance(module, Router):
+                module.backend = config.backend
         self.zero_computation: ZeroComputationExperts | None = None
         if config.zero_computation is not None:
             self.zero_computation = ZeroComputationExperts(
@@ -63,7 +65,8 @@ class RoutedLayer(SparseLayer):
         sent = served = self.zero_computation.without(routing) if self.zero_computation else routing
         if self.config.capacity is not None:
             by_triton = uses_kernels(self.config.backend, x_TD.device, x_TD.dtype)
-            most_k = max(self.config.most_k, context.k if isinstance(context.k, int) else 0)
+            # Ranks agree on it: in training it is the first, outside all have as many slots.
+            most_k = max(self.config.most_k, sent.expert_ids_TK.shape[1])
             served = apply_capacity(
                 sent, self.config.capacity, context, most_k=most_k, by_triton=by_triton
             )

@@ -43,7 +43,9 @@ class SoftMoELayer(SparseLayer):
         super().__init__()
         self.config, self.num_experts, self.slots = config, config.num_networks, section.slots
         self.router = SlotRouter(section, dim=dim, num_slots=self.num_experts * self.slots)
-        self.dispatcher = build_dispatcher(config.dispatch, num_experts=self.num_experts, dims=dims)
+        self.dispatcher = build_dispatcher(
+            config.dispatch, num_experts=self.num_experts, dims=dims, backend=config.backend
+        )
         self.experts = GroupedExperts(
             num_local=len(dims.local_experts(self.num_experts)),
             dim=dim,

@@ -25,8 +25,9 @@ def resolve_backend(
 ) -> ResolvedBackend:
     """Return the backend that is used on a device.
 
-    "auto" is "triton" where its kernels have been timed and were faster: in narrow dtypes on GPUs
-    of compute capability 9, two to four times (docs/results/kernels_h200.md). On a CPU torch's
+    "auto" is "triton" where its kernels have been timed and were faster: on GPUs of compute
+    capability 9, in bfloat16 1.7 to 3.4 times as fast (docs/results/kernels_h200.md); float16 is
+    taken to be like it. On a CPU torch's
     grouped GEMM compiles each product of narrow dtypes anew, as no two have as many rows: there
     "auto" is "loop", which keeps to few shapes. Elsewhere it is "torch". Rows in float64 are always
     worked by "loop".
@@ -53,13 +54,10 @@ def resolve_backend(
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether Triton kernels work around the experts, on tensors of a dtype.
+    """Say whether Triton kernels work around the experts too: to route, sort and send their rows.
 
-    Routing and masks are in float32 beside experts in narrow dtypes, so for "auto" it is the
-    device that counts.
+    `dtype` is that of the rows, also where what works on them is in float32.
     """
-    if backend == "auto":
-        return dtype in _GROUPED_DTYPES and _is_timed(device)
     return backend != "megablocks" and resolve_backend(backend, device, dtype) == "triton"
 
 

@@ -40,6 +40,10 @@ def places_of(
         by_triton: sort by the kernels; the host then waits for nothing.
     """
     slots_R, rows, counts_E = sort_slots(expert_ids_TK, num_experts, by_triton=by_triton)
+    if not by_triton:
+        assert max(counts_E.tolist(), default=0) <= num_places, (
+            "an expert has more slots than places"
+        )
     starts_E = offsets_of(counts_E)[:-1]
     place_C = torch.arange(num_places, device=slots_R.device)
     filled_P = (place_C < counts_E[:, None]).flatten()

@@ -31,7 +31,7 @@ class CapacityRule(NamedTuple):
     def num_places(self, num_tokens: int, top_k: int, num_experts: int) -> int:
         """Return the most slots of an expert that are served, where each token uses `top_k`."""
         size = max(1, min(self.group_size, num_tokens))
-        capacity = max(self.minimum, math.ceil(self.factor * size * top_k / num_experts))
+        capacity = max(self.minimum, math.ceil(self.factor * (size * top_k) / num_experts))
         return min(-(-num_tokens // size) * capacity, num_tokens)
 
 

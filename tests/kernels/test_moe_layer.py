@@ -43,10 +43,11 @@ CASES = {
         {"capacity": {"factor": 0.5, "minimum": 1}, "dispatch": "buffers"},
         {"k_L": (torch.arange(TOKENS) % 4 + 1,), "valid_T": torch.arange(TOKENS) % 5 > 0},
     ),
+    "dropout": ({"expert_dropout": 0.4, "capacity": {"factor": 0.5, "minimum": 1}}, {}),
     "top p": ({"router": {"name": "top_p"}}, {}),
     "fp8": ({"dispatch_dtype": "fp8", "recompute_experts": True}, {}),
 }
-QUICK = {"a k for each token", "padding", "capacity", "buffers", "fp8"}
+QUICK = {"a k for each token", "padding", "capacity", "buffers", "dropout", "fp8"}
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmoe.moe import BatchTotals, MoEContext, Routing
+from dmoe.moe import BatchTotals, MoEConfig, MoEContext, Routing
 from dmoe.moe.capacity import CapacityConfig, apply_capacity
 from dmoe.moe.routing import make_routing
+from dmoe.ops import places_of
 
 SEQ_LEN, EXPERTS = 6, 5
+TOTALS = BatchTotals(20, 20, 2, 1)
 
 
 def routing_of(ids_TK: Tensor, weights_TK: Tensor, num_experts: int = EXPERTS) -> Routing:
@@ -125,3 +127,71 @@ def test_a_dropped_slot_has_no_weight_and_no_gradient() -> None:
     assert served.counts_E.tolist() == [3, 0, 0], "the router's counts, not the served ones"
     served.weights_TK.sum().backward()
     assert weights_TK.grad.flatten().tolist() == [1, 0, 0]
+
+
+BUFFERED = {
+    "more samples than in training": (
+        {"infinite": {"granularity": "block", "samples": 1, "inference_samples": 4}},
+        {},
+    ),
+    "a k of its own above elastic": (
+        {
+            "router": {"name": "top_k", "top_k": 5},
+            "elastic": {"k_min": 1, "k_max": 4},
+        },
+        {},
+    ),
+    "a larger k": ({}, {"k_L": (5,)}),
+    "a k for each token": ({}, {"k_L": (torch.arange(20) % 2 + 1,), "totals": TOTALS}),
+    "all experts": ({"router": {"name": "soft_gate"}}, {}),
+    "top p": ({"router": {"name": "top_p", "p": 0.9}}, {"totals": TOTALS}),
+    "no networks": ({"zero_computation": {"zeros": 5}}, {"valid_T": torch.arange(20) % 3 > 0}),
+}
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.55, 1.1])
+@pytest.mark.parametrize("group", ["sequence", 7])
+@pytest.mark.parametrize(("options", "context"), BUFFERED.values(), ids=list(BUFFERED))
+def test_buffers_hold_all_that_is_served(options, context, group, factor: float) -> None:
+    """Forward and gradients are those of rows that are sent as they are."""
+    results = []
+    for dispatch in ("auto", "buffers"):
+        torch.manual_seed(0)
+        capacity = {"factor": factor, "minimum": 0, "group": group}
+        tree = {"num_experts": 5, "expert_ffn_dim": 8, "capacity": capacity, "dispatch": dispatch}
+        layer = MoEConfig.model_validate({**tree, **options}).build(dim=6, activation="gelu")
+        layer = layer.double()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        x_TD = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+        made = MoEContext(seq_len=10, token_ids_T=torch.arange(20), **context)
+        y_TD, output = layer(x_TD, made)
+        y_TD.square().sum().backward()
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([y_TD, output.stats.dropped, x_TD.grad, *gradients])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_more_slots_than_places_are_found_out() -> None:
+    with pytest.raises(AssertionError, match="more slots than places"):
+        places_of(torch.zeros(3, 1, dtype=torch.int64), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"dispatch": "buffers"}, "and there is none: add capacity"),
+        (
+            {"dispatch": "buffers", "capacity": {"factor": 1}, "dispatch_dtype": "fp8"},
+            "does not go with dispatch = buffers",
+        ),
+        (
+            {"dispatch": "buffers", "router": {"name": "soft_moe"}},
+            "router.name = soft_moe has a layer of its own: set dispatch to auto",
+        ),
+    ],
+)
+def test_buffers_that_do_not_fit_are_refused(tree, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.model_validate({"num_experts": 4, "expert_ffn_dim": 8, **tree})

@@ -367,6 +367,10 @@ model:
             {"expert_layer": {**LEAF, "router": {"name": "soft_moe"}}},
             "expert_layer.router.name = soft_moe mixes whole sequences",
         ),
+        (
+            {"expert_layer": {**LEAF, "dispatch": "buffers", "capacity": {"factor": 1}}},
+            "expert_layer.dispatch = buffers has ranks send as many rows",
+        ),
         ({"num_shared_experts": 1}, "a number, of which num_shared_experts = 1 are made"),
         ({"expert_layer": {"num_experts": 2}}, "expert_ffn_dim is missing"),
         ({"expert_layer": {**LEAF, "router": {"name": "top_k", "top_k": 3}}}, "top_k = 3 is more"),

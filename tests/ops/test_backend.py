@@ -28,10 +28,10 @@ def test_auto_is_triton_where_it_was_timed(
     assert resolve_backend("auto", GPU, torch.bfloat16) == expected
     assert resolve_backend("auto", GPU, torch.float16) == expected
     assert resolve_backend("auto", GPU, torch.float32) == "torch"
-    for dtype in (torch.bfloat16, torch.float32):
-        assert uses_kernels("auto", GPU, dtype) == (expected == "triton")
-        assert not uses_kernels("auto", CPU, dtype)
-    assert not uses_kernels("auto", GPU, torch.float64)
+    assert uses_kernels("auto", GPU, torch.bfloat16) == (expected == "triton")
+    for dtype in (torch.float32, torch.float64):
+        assert not uses_kernels("auto", GPU, dtype), "where the products are torch's, all is"
+    assert not uses_kernels("auto", CPU, torch.bfloat16)
 
 
 def test_auto_is_torch_where_a_gpu_is_named_and_none_is_there(monkeypatch) -> None:

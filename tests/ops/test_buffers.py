@@ -73,3 +73,12 @@ def test_no_expert_serves_more_than_its_places(
     )
     if 20 % group_size == 0:
         assert counts[1] == rule.num_places(20, 3, 6), "as many as there are places, not fewer"
+
+
+@pytest.mark.parametrize(("factor", "num_experts"), [(0.55, 5), (1.1, 10)])
+def test_places_are_rounded_as_capacity_is(factor: float, num_experts: int) -> None:
+    """Of these the product comes out just above a whole number in one order, and not in another."""
+    full = torch.arange(5).expand(20, 5)
+    rule = CapacityRule(factor, 0, 20, "position")
+    served = (keep_slots(full, torch.rand(20, 5), num_experts, rule) == 0).sum()
+    assert served == rule.num_places(20, 5, num_experts)

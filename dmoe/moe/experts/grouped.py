@@ -43,6 +43,9 @@ class GroupedExperts(nn.Module):
         `factors_RF`, if there are any, multiply what each row's neurons make.
         """
         w_up = self.w_gate_up_E2FD if self.activation == "swiglu" else self.w_up_EFD
+        if factors_RF is not None:  # for a loop, which knows no rows past the counts
+            num_rows = len(factors_RF)
+            rows = Rows(rows.x_ND, rows.map.head(num_rows), rows.weights_R[:num_rows])
         arguments = (rows.x_ND, rows.map, rows.weights_R, counts_e, w_up, self.w_down_EDF)
         if factors_RF is not None:
             return expert_ffn_loop(*arguments, activation=self.activation, factors_RF=factors_RF)

@@ -4,7 +4,8 @@ Paper: MoE++, arXiv 2410.07348, section 3.1; the identity experts of LongCat-Fla
     2509.01322.
 Equations: zero(x) = 0, copy(x) = x, constant(x) = a_1 x + a_2 v, with (a_1, a_2) = softmax(W x). A
     token that chooses one has fewer networks, so simple tokens cost less.
-Config: `model.moe.zero_computation: {zeros: 1, copies: 1, constants: 2, target_k: 3}`.
+Config: `model.moe: {zero_computation: {zeros: 1, copies: 1, constants: 2, target_k: 3}, router:
+    {name: top_k, top_k: 5, bias_update_rate: 0.001}}`.
 Differs: `target_k` steers the mean number of networks by the selection bias of all experts, a step
     of one size at a time; LongCat-Flash moves that of the networks alone, in proportion to the
     error. MoE++'s gating residuals and its balance loss of two kinds of experts are not there.

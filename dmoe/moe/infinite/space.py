@@ -71,7 +71,7 @@ class ExpertSpace(nn.Module):
         """
         # A hard mask before the activation is one after it: act(0) = 0 and act(1 h) = act(h).
         is_after = self.config.mask_position == "after_activation" or self.hard
-        if is_after and uses_kernels(self.backend, hidden_TH.device, z_TKZ.dtype):
+        if is_after and uses_kernels(self.backend, hidden_TH.device, hidden_TH.dtype):
             return self._by_kernels(hidden_TH, z_TKZ, activation, context)
         pieces: dict[int, dict[int, Tensor]] = {}
 

@@ -5,7 +5,8 @@ Equations: in training each expert takes the m = k |X| / n tokens of a micro-bat
     probability is largest; at inference a token goes to the experts whose probability is above a
     threshold that was learned to make the same choice (eq. 20).
 Config: `model.moe.router: {name: batchwise, top_k: 4}`.
-Differs: nothing that is known.
+Differs: the batch is a micro-batch, m is rounded down and 1 at least, and the loss is divided by
+    the tokens.
 Shapes: T tokens, D model dim, E experts.
 """
 

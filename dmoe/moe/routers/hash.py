@@ -1,8 +1,8 @@
 """Hash layers: the word decides the expert, once and for all.
 
 Paper: Roller et al., arXiv 2106.04426.
-Equations: a fixed random hash of the token's id in the vocabulary, another one in each layer;
-    nothing is learned, and the gates are even. So has each router or layer within another one.
+Equations: a fixed random hash of the token's id in the vocabulary, another one in each layer, and
+    in each router or layer within another one; nothing is learned, and the gates are even.
 Config: `model.moe.router: {name: hash}`.
 Differs: a word may have several experts; the balanced hash of the paper is not there.
 Shapes: T tokens, D model dim, E experts, K slots per token.

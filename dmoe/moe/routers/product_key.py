@@ -4,7 +4,8 @@ Paper: PEER, He, arXiv 2407.04153.
 Equations: expert (i, j) of n x n has the key (c_i, c'_j), two of 2 n sub-keys, and its score is
     that of the halves of a query with them, summed. Several heads query the same keys and experts;
     the gates of a head are a softmax over its k best.
-Config: `model.moe.router: {name: peer, heads: 8, top_k: 16}`; its layer is `dmoe.moe.peer`.
+Config: `model.moe: {num_experts: 1048576, expert_ffn_dim: 1, router: {name: peer, heads: 8, top_k:
+    16}}`; the layer is `dmoe.moe.peer`.
 Differs: queries are normed by RMSNorm unless `query_norm: batch` asks for the paper's norm.
 Shapes: T tokens, H heads, Q half a query, n sub-keys.
 """

@@ -3,10 +3,12 @@
 Paper: Switch (arXiv 2101.03961), GShard (2006.16668), Mixtral (2401.04088), DeepSeekMoE, V2 and V3
     (2401.06066, 2405.04434, 2412.19437), OLMoE (2409.02060), Qwen3-MoE (2505.09388).
 Equations: scores are softmax(W x), or sigmoid(W x); the k largest of scores + bias are chosen, and
-    their scores, without the bias, are the gates, over their sum where `normalize` is set. With
+    their scores, without the bias, are the gates, over their sum where `normalize` is set, times
+    `scaling_factor`. With
     `order: select_then_score` gates are a softmax over the chosen logits (Mixtral). With `groups`
     only experts of a token's best groups can be chosen, such as those of a node (DeepSeek-V2, V3).
-    With `second_choice: random` the second expert is used with probability min(1, 2 g2) (GShard).
+    With `second_choice: random` the second expert is used with probability min(1, 2 g2) in training
+    (GShard).
 Config: `model.moe.router: {name: top_k, top_k: 2}`.
 Differs: where a token has more experts than in training, it uses as many groups as hold them.
 Shapes: T tokens, D model dim, E experts, K slots per token, G groups, s experts of a group.
@@ -168,7 +170,7 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, context: MoEContext) -> Routing:
         """Route each token of `x_TD`, (T, D)."""
         logits_TE = self.gate(jittered(x_TD, self.config.jitter, context))
-        if self.kernels_serve(logits_TE):
+        if self.kernels_serve(x_TD):
             return self.by_kernels(logits_TE, context)
         scores_TE = self.score(logits_TE)
         ids_TK = context.decide("expert_ids", lambda: self.select(scores_TE, context))
@@ -208,10 +210,10 @@ class TopKRouter(Router):
             weights_TK = divided_by_sum(weights_TK)
         return weights_TK * self.config.scaling_factor
 
-    def kernels_serve(self, logits_TE: Tensor) -> bool:
-        """Say whether there are kernels for this router, here and for these logits."""
+    def kernels_serve(self, x_TD: Tensor) -> bool:
+        """Say whether there are kernels for this router, here and for these tokens."""
         plain = self.config.precision != "bf16" and self.config.second_choice != "random"
-        return plain and uses_kernels(self.backend, logits_TE.device, logits_TE.dtype)
+        return plain and uses_kernels(self.backend, x_TD.device, x_TD.dtype)
 
     def by_kernels(self, logits_TE: Tensor, context: MoEContext) -> Routing:
         """Route by the kernels: the same, in a few launches and no wait for the device."""
