@@ -171,16 +171,35 @@ class MoEConfig(ConfigModel):
         self.router.check(self)
 
     @model_validator(mode="after")
+    def _sends_tokens(self) -> "MoEConfig":
+        if self.infinite is None and self.router.stands_for_layer:
+            for key, is_idle in (
+                ("expert_dropout", self.expert_dropout != 0),
+                ("dispatch", self.dispatch == "buffers"),
+                ("dispatch_dtype", self.dispatch_dtype != "same"),
+                ("expert_dtype", self.expert_dtype != "same"),
+                ("recompute_experts", self.recompute_experts),
+            ):
+                if is_idle:
+                    raise ConfigError(
+                        f"{key} = {getattr(self, key)} is for experts that tokens are sent to by "
+                        f"the ordinary layer, but router.name = {self.router.name} has a layer of "
+                        f"its own: leave {key} out",
+                        key=key,
+                    )
+        if self.recompute_experts and self.expert_dropout:
+            raise ConfigError(
+                f"recompute_experts does not go with expert_dropout = {self.expert_dropout:g}: "
+                f"experts whose neurons fall out keep all; leave one of them out",
+                key="recompute_experts",
+            )
+        check_eight_bits(self)
+        return self
+
+    @model_validator(mode="after")
     def _buffers_have_a_size(self) -> "MoEConfig":
         if self.dispatch != "buffers":
             return self
-        if self.infinite is None and self.router.stands_for_layer:
-            raise ConfigError(
-                f"dispatch = buffers is for tokens that are sent to experts by the ordinary layer, "
-                f"but router.name = {self.router.name} has a layer of its own: set dispatch to "
-                f"auto",
-                key="dispatch",
-            )
         if self.capacity is None:
             raise ConfigError(
                 "dispatch = buffers sends as many rows to each expert as its capacity, and there "
@@ -193,31 +212,6 @@ class MoEConfig(ConfigModel):
                 f"which sends rows as they are: leave out one of them",
                 key="dispatch_dtype",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _sends_tokens(self) -> "MoEConfig":
-        if self.infinite is None and self.router.stands_for_layer:
-            for key, default in (
-                ("expert_dropout", 0.0),
-                ("dispatch_dtype", "same"),
-                ("expert_dtype", "same"),
-                ("recompute_experts", False),
-            ):
-                if (given := getattr(self, key)) != default:
-                    raise ConfigError(
-                        f"{key} = {given} is for experts that tokens are sent to by the ordinary "
-                        f"layer, but router.name = {self.router.name} has a layer of its own: "
-                        f"leave {key} out",
-                        key=key,
-                    )
-        if self.recompute_experts and self.expert_dropout:
-            raise ConfigError(
-                f"recompute_experts does not go with expert_dropout = {self.expert_dropout:g}: "
-                f"experts whose neurons fall out keep all; leave one of them out",
-                key="recompute_experts",
-            )
-        check_eight_bits(self)
         return self
 
     @model_validator(mode="after")

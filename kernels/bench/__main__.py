@@ -25,6 +25,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", help="parts of names of shapes; all if none")
     parser.add_argument("--only", nargs="*", help="contenders; all that are importable if none")
     parser.add_argument("--add", action="store_true", help="keep the document's other rows")
+    parser.add_argument(
+        "--peer-runs",
+        type=int,
+        help="runs of each config where peers tune; Triton's tenth of a second if not given",
+    )
     parser.add_argument("--tune", action="store_true", help="measure all tile shapes first")
     parser.add_argument("--dry", action="store_true", help="checks alone, without a GPU")
     return parser.parse_args(arguments)
@@ -36,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
+    from measure import limit_tuning
     from run import Bench, check
 
     if options.dry:
@@ -45,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not check(torch.device("cuda"), torch.bfloat16, 1e-2):
         return 1
+    if options.peer_runs:
+        limit_tuning(options.peer_runs)
     bench = Bench(options, deadline=started + options.seconds)
     bench.run()
     return 0

@@ -188,7 +188,7 @@ def test_more_slots_than_places_are_found_out() -> None:
         ),
         (
             {"dispatch": "buffers", "router": {"name": "soft_moe"}},
-            "router.name = soft_moe has a layer of its own: set dispatch to auto",
+            "router.name = soft_moe has a layer of its own: leave dispatch out",
         ),
     ],
 )

@@ -128,3 +128,27 @@ print("held")
     page = str(tmp_path / "page.md")
     result = run("-c", code, page, PYTHONPATH=paths, TRITON_INTERPRET="1")
     assert result.stdout.endswith("time was up\nheld\n"), result.stdout + result.stderr
+
+
+@interpreted
+def test_peers_may_tune_by_a_few_runs() -> None:
+    """A first run that is not timed, then the shortest of so many."""
+    code = """
+import measure, torch
+from triton.runtime.autotuner import Autotuner
+times = iter([3.0, 2.0])
+
+class Event:
+    def __init__(self, enable_timing): pass
+    def record(self): pass
+    def synchronize(self): pass
+    def elapsed_time(self, end): return next(times)
+
+torch.cuda.Event = Event
+measure.limit_tuning(2)
+calls = []
+print(Autotuner.do_bench(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8)), len(calls))
+"""
+    paths = f"{BENCH}{os.pathsep}{ROOT / 'kernels'}"
+    result = run("-c", code, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    assert result.stdout == "[2.0, 2.0, 2.0] 3\n", result.stderr
