@@ -33,6 +33,10 @@ class EngineConfig(ConfigModel):
     for proofs, is float64 throughout."""
     compile: bool = False
     """Compile attention, norms and dense feed-forward layers with `torch.compile` (native)."""
+    tune_kernels: bool = False
+    """Measure the tile shapes of the experts' Triton kernels at each size that was not measured
+    before, which takes minutes the first time, and keep the fastest beside Triton's cache. Where it
+    is false, what was kept is used, too."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration, under its names; what dmoe decides is refused."""
 

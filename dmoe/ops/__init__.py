@@ -1,7 +1,7 @@
 """The only door to the kernels: one op a file, its slow twin beside it."""
 
 from dmoe.ops.activation import Activation
-from dmoe.ops.backend import Backend, resolve_backend, uses_kernels
+from dmoe.ops.backend import Backend, ResolvedBackend, resolve_backend, tune_kernels, uses_kernels
 from dmoe.ops.buffers import Places, from_buffers, places_of, to_buffers
 from dmoe.ops.expert_capacity import CapacityRule, keep_slots
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
@@ -22,6 +22,7 @@ __all__ = [
     "ExpertDtype",
     "Linear",
     "Places",
+    "ResolvedBackend",
     "RowMap",
     "count_slots",
     "expert_ffn",
@@ -40,5 +41,6 @@ __all__ = [
     "sort_slots",
     "to_buffers",
     "top_k_ids",
+    "tune_kernels",
     "uses_kernels",
 ]

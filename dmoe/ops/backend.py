@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -59,6 +60,17 @@ def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     `dtype` is that of the rows, also where what works on them is in float32.
     """
     return backend != "megablocks" and resolve_backend(backend, device, dtype) == "triton"
+
+
+def tune_kernels(report: Callable[[str], object] | None) -> None:
+    """Let the kernels measure tile shapes at sizes that are new, and report each; None: no longer.
+
+    The fastest are kept on disk for all later processes, whether these measure or not. Triton must
+    be installed.
+    """
+    from dmoe_kernels import configs
+
+    configs.tune_kernels(report)
 
 
 def _is_timed(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from dmoe.data import (
 from dmoe.engine import Engine, build_engine
 from dmoe.models.precision import COMPUTE_DTYPES
 from dmoe.moe.elastic import ElasticConfig
-from dmoe.ops import resolve_backend
+from dmoe.ops import ResolvedBackend, resolve_backend, tune_kernels
 from dmoe.parallel import ParallelDims
 from dmoe.trainer.config import Config
 from dmoe.trainer.journal import Journal
@@ -71,6 +71,7 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         ConfigError: data, layout or checkpoint do not fit the configuration.
     """
     config.check_world(dist.get_world_size() if dist.is_initialized() else 1)
+    backend = _check_backend(config, device)
     dims = ParallelDims.create(ep=config.parallel.ep, device_type=device.type)
     train, seed, vocab_size = config.train, config.run.seed, config.model.vocab_size
     readers = {"rank": dims.rank, "world": dims.world_size}
@@ -111,7 +112,9 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         )
         journal = Journal(config, rank=dims.rank, step=progress.step)
         stack.callback(journal.close)
-        _introduce(config, dims, device, journal, parts)
+        _introduce(config, dims, backend, journal, parts)
+        if backend == "triton":
+            tune_kernels(journal.message if config.engine.tune_kernels else None)
         trainer = Trainer(
             config, engine=engine, loader=loader, checkpoints=checkpoints, progress=progress
         )
@@ -178,10 +181,26 @@ def _check_model(saved: dict[str, Any], config: Config) -> None:
             )
 
 
+def _check_backend(config: Config, device: torch.device) -> ResolvedBackend | None:
+    """Return what grouped experts run on, if any; what cannot run here is told before the run."""
+    moe, backend = config.model.moe, None
+    if moe is not None:
+        leaf, dtype = moe.leaf, COMPUTE_DTYPES[config.engine.precision]
+        taken = resolve_backend(leaf.backend, device, dtype, leaf.expert_dtype)
+        backend = taken if moe.is_grouped else None
+    if config.engine.tune_kernels and backend != "triton":
+        raise ConfigError(
+            "engine.tune_kernels = true is for the Triton kernels of experts, which this run does "
+            "not use: set it to false, or model.moe.backend to triton",
+            key="engine.tune_kernels",
+        )
+    return backend
+
+
 def _introduce(
     config: Config,
     dims: ParallelDims,
-    device: torch.device,
+    backend: ResolvedBackend | None,
     journal: Journal,
     parts: dict[str, Any] | None,
 ) -> None:
@@ -190,13 +209,8 @@ def _introduce(
     journal.message(dims.describe(moe.num_leaves if moe and moe.num_shards else 0))
     if moe is not None and moe.warning:
         journal.message(f"WARNING: {moe.warning}")
-    if moe is not None and moe.is_grouped:
-        # One that is asked for and cannot run here is told now, not in the first step.
-        dtype = COMPUTE_DTYPES[config.engine.precision]
-        leaf = moe.leaf
-        backend = resolve_backend(leaf.backend, device, dtype, leaf.expert_dtype)
-        if leaf.backend == "auto":
-            journal.message(f"model.moe.{moe.leaf_path}backend: auto takes {backend}")
+    if moe is not None and backend and moe.leaf.backend == "auto":
+        journal.message(f"model.moe.{moe.leaf_path}backend: auto takes {backend}")
     if parts is None:
         return
     steps = config.train.steps

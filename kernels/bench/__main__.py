@@ -22,7 +22,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the document to write")
     parser.add_argument("--seconds", type=float, default=500.0, help="time to end within")
     parser.add_argument("--repeats", type=int, default=50, help="runs of each that are timed")
-    parser.add_argument("--shapes", nargs="*", help="parts of names of shapes; all if none")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--shapes", nargs="*", help="parts of names of shapes; all if none")
+    which.add_argument(
+        "--layer",
+        nargs=5,
+        type=int,
+        metavar=("T", "D", "F", "E", "K"),
+        help="a layer of your own instead: tokens, model and expert dim, experts, experts a token",
+    )
     parser.add_argument("--only", nargs="*", help="contenders; all that are importable if none")
     parser.add_argument("--add", action="store_true", help="keep the document's other rows")
     parser.add_argument(
@@ -30,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="runs of each config where peers tune; Triton's tenth of a second if not given",
     )
-    parser.add_argument("--tune", action="store_true", help="measure all tile shapes first")
+    parser.add_argument("--tune", action="store_true", help="measure tile shapes first")
     parser.add_argument("--dry", action="store_true", help="checks alone, without a GPU")
     return parser.parse_args(arguments)
 
@@ -41,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
+    from dmoe_kernels.configs import tune_kernels
     from measure import limit_tuning
     from run import Bench, check
 
@@ -51,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not check(torch.device("cuda"), torch.bfloat16, 1e-2):
         return 1
+    if options.tune:
+        tune_kernels(lambda line: print(line, flush=True))
     if options.peer_runs:
         limit_tuning(options.peer_runs)
     bench = Bench(options, deadline=started + options.seconds)

@@ -11,7 +11,6 @@ import torch
 import triton
 from contenders import CONTENDERS, PEERS, Contender
 from problem import SHAPES, TINY, Problem, Shape
-from tuning import tune
 
 _CHECKED = Shape("check", 2048, 512, 512, 16, 4)
 
@@ -55,6 +54,11 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, deadline: float):
         self.options, self.deadline = options, deadline
+        self.shapes = SHAPES
+        if options.layer:
+            sizes = zip("TDFEK", options.layer, strict=True)
+            own = ", ".join(f"{letter} = {size}" for letter, size in sizes)
+            self.shapes = (Shape(own, *options.layer),)
         self.rows: dict[tuple[str, str], Row] = {}
         self.notes: list[str] = []
         self.neurons = ""
@@ -71,11 +75,11 @@ class Bench:
         after each shape.
         """
         parts = self.options.shapes or [""]
-        if any(part.lower() in "infinity-moe" for part in parts):
+        if not self.options.layer and any(part.lower() in "infinity-moe" for part in parts):
             self.neurons = infinity.table(self.options.repeats)
         plain = [name for name in CONTENDERS if name not in PEERS]
         for names in (plain, [*plain, *PEERS]):
-            for shape in SHAPES:
+            for shape in self.shapes:
                 if not any(part.lower() in shape.name.lower() for part in parts):
                     continue
                 if time.monotonic() > self.deadline:
@@ -90,8 +94,6 @@ class Bench:
     def run_shape(self, shape: Shape, names: list[str]) -> None:
         """Measure those that can run, in turns, unless all have been; then ours without turns."""
         problem = Problem.make(shape, torch.device("cuda"), torch.bfloat16)
-        if self.options.tune and (shape.name, "ours") not in self.rows:
-            tune(problem)
         ready: dict[str, tuple[Contender, int, float]] = {}
         for name in names:
             contender = CONTENDERS[name]
@@ -161,12 +163,12 @@ class Bench:
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         )
         rows = [self.line(row) for row in self.rows.values()]
-        names = "|".join(re.escape(shape.name) for shape in SHAPES)
-        for line in re.findall(rf"^\| (?:{names}) \|.*$", self.kept, re.MULTILINE):
+        table = self.kept.split("\n## ")[0]
+        for line in re.findall(r"^\| (?!shape |---).*$", table, re.MULTILINE):
             if tuple(line.strip("| ").split(" | ")[:2]) not in self.rows:
                 rows.append(line)
-        order = [shape.name for shape in SHAPES]
-        rows.sort(key=lambda line: order.index(line.strip("| ").split(" | ")[0]))
+        order = {shape.name: place for place, shape in enumerate(SHAPES)}
+        rows.sort(key=lambda line: order.get(line.strip("| ").split(" | ")[0], len(order)))
         about = {note.split(":")[0] for note in self.notes}
         notes = self.notes + [
             note

@@ -1,8 +1,8 @@
 """Tile shapes: candidates for each kernel, pruned by shared memory, and what tuning found best.
 
-`choose` reads a table on disk that `tune` wrote, and takes the first candidate that fits where
-there is none. It measures nothing, so all ranks of a job choose alike, and a graph may be captured
-at once.
+`choose` reads a table on disk, and takes the first candidate that fits where that has none for the
+size. So all ranks of a job choose alike, and a graph may be captured at once. After `tune_kernels`
+it measures all candidates at such a size instead, and writes the fastest to the table.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.testing import do_bench
 
 from dmoe_kernels.common import INTERPRET
 
@@ -162,11 +163,25 @@ def _held(kernel: str, config: Config) -> int:
     return config.block_m * config.block_n * (2 if kernel == "outer_add" else 1)
 
 
+_report: Callable[[str], object] | None = None
+
+
+def tune_kernels(report: Callable[[str], object] | None) -> None:
+    """Measure from now on at each size that the table on disk does not have; None: no longer.
+
+    Args:
+        report: called with a line for each candidate that was measured.
+    """
+    global _report
+    _report = report
+
+
 def choose(
     kernel: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     device: torch.device,
+    run: Callable[[Config], object],
     *,
     tma: bool = False,
     gluon: bool = False,
@@ -179,45 +194,54 @@ def choose(
         shape: (M, N, K) of the product as the kernel names them, E, and rows an expert, rounded up
             to a power of 2.
         device: where it runs.
+        run: the product in a config, to be measured.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
     """
     if INTERPRET.value:
         return _INTERPRETED
-    tuned = _tuned(device).get(_key(kernel, dtype, shape))
-    if tuned and (tma or not Config(*tuned).tma) and (gluon or not Config(*tuned).gluon):
+    words = [kernel, str(dtype).removeprefix("torch."), *map(str, shape)]
+    key = " ".join(words + ["tma"] * tma + ["gluon"] * gluon)
+    tuned = _tuned(device).get(key)
+    if tuned:
         return Config(*tuned)
-    return _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)[0]
+    fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
+    if _report is None or torch.cuda.is_current_stream_capturing():
+        return fitting[0]
+    best = _fastest(fitting, run, lambda text: _report(f"{key}: {text}"))
+    _keep(key, best, device)
+    return best
 
 
-def tune(
-    kernel: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    device: torch.device,
-    measure: Callable[[Config], float],
+def _fastest(
+    fitting: list[Config], run: Callable[[Config], object], report: Callable[[str], object]
 ) -> Config:
-    """Measure all candidates, write the fastest to the table on disk and return it.
-
-    Args:
-        kernel: as for `choose`, as are `dtype`, `shape` and `device`.
-        measure: returns the time of a config; one that raises is passed over.
-    """
-    times = {}
-    for config in _candidates_of(kernel, dtype, device, tma=True, gluon=True):
+    """Return the fastest config; one that fails is passed over, unless all do."""
+    times, failure = {}, None
+    for config in fitting:
         try:
-            times[config] = measure(config)
-        except (RuntimeError, triton.TritonError):
-            continue
-    best = min(times, key=times.__getitem__)
+            milliseconds = do_bench(
+                functools.partial(run, config), warmup=5, rep=30, return_mode="median"
+            )
+        except (RuntimeError, triton.TritonError) as error:
+            failure = error
+            report(f"{config} failed: {error}".splitlines()[0])
+        else:
+            times[config] = milliseconds
+            report(f"{milliseconds:.3f} ms, {config}")
+    if not times:
+        raise failure
+    return min(times, key=times.__getitem__)
+
+
+def _keep(key: str, config: Config, device: torch.device) -> None:
+    """Write to the table on disk, which other ranks may be writing to as well."""
     path = table_path(device)
-    table = _read(path) | {_key(kernel, dtype, shape): list(best)}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(table, indent=1, sort_keys=True))
+    fresh.write_text(json.dumps(_read(path) | {key: list(config)}, indent=1, sort_keys=True))
     fresh.replace(path)
     _tuned.cache_clear()
-    return best
 
 
 def table_path(device: torch.device) -> Path:
@@ -253,7 +277,3 @@ def _tuned(device: torch.device) -> dict[str, list[int]]:
 
 def _read(path: Path) -> dict[str, list[int]]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _key(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{kernel} {str(dtype).removeprefix('torch.')} {' '.join(map(str, shape))}"

@@ -5,6 +5,8 @@ is kept for it. Shapes: N sources, R routed rows, E experts, D model dim, F expe
 gated, else F.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +37,9 @@ def dz(
     (num_experts, dim, ffn_dim), num_rows = w_down_EDF.shape, len(index_R)
     if config is None:
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-        config = choose("dz", dy_ND.dtype, shape, dy_ND.device)
+        inputs = (dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation)
+        run = functools.partial(dz, *inputs, tiles=tiles)
+        config = choose("dz", dy_ND.dtype, shape, dy_ND.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)

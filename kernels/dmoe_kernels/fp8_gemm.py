@@ -44,7 +44,11 @@ def grouped_gemm(
     (num_experts, size_n, size_k), num_rows = w_ENK.numbers.shape, len(a_RK.numbers)
     if config is None:
         shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
-        config = choose("gemm_fp8", torch.float8_e4m3fn, shape, counts_E.device)
+
+        def run(config: Config) -> Tensor:
+            return grouped_gemm(a_RK, w_ENK, counts_E, dtype=dtype, config=config, tiles=tiles)
+
+        config = choose("gemm_fp8", torch.float8_e4m3fn, shape, counts_E.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = torch.empty(num_rows, size_n, dtype=dtype, device=counts_E.device)

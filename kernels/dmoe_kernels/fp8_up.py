@@ -4,6 +4,8 @@ Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F i
 and F are multiples of 128.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,9 @@ def up(
     ffn_dim = size_h // 2 if activation == "swiglu" else size_h
     if config is None:
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
-        config = choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device)
+        inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
+        run = functools.partial(up, *inputs, tiles=tiles)
+        config = choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     w = quantize_weights(w_up_EHD)

@@ -52,7 +52,12 @@ def grouped_gemm(
     if config is None:
         tma = index_R is None and suits_tma(a_RK, w)
         gluon = index_R is None and suits_gluon(a_RK, w, transposed=transposed)
-        config = choose("gemm", a_RK.dtype, shape, a_RK.device, tma=tma, gluon=gluon)
+        options = {"transposed": transposed, "num_rows": num_rows, "index_R": index_R}
+
+        def run(config: Config) -> Tensor:
+            return grouped_gemm(a_RK, w, counts_E, **options, config=config, tiles=tiles)
+
+        config = choose("gemm", a_RK.dtype, shape, a_RK.device, run, tma=tma, gluon=gluon)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)
@@ -126,7 +131,16 @@ def grouped_outer(
         shape = (size_m, size_n, num_experts, rows_bucket(len(index_R), num_experts))
         tma = suits_tma(in_order)
         gluon = out is None and suits_gluon_outer(a_RM, b_RN, dtype)
-        config = choose(kernel, a_RM.dtype, shape, a_RM.device, tma=tma, gluon=gluon)
+        options = {"gather_a": gather_a, "dtype": dtype}
+
+        def run(config: Config) -> Tensor:
+            # What is measured must not add to the sums.
+            scratch = None if out is None else torch.empty_like(out)
+            return grouped_outer(
+                a_RM, b_RN, index_R, offsets, **options, out=scratch, config=config
+            )
+
+        config = choose(kernel, a_RM.dtype, shape, a_RM.device, run, tma=tma, gluon=gluon)
     if config.gluon:
         assert out is None
         return gluon_outer.outer(

@@ -3,6 +3,8 @@
 Shapes: N sources, R routed rows, E experts, D model dim, F expert dim, H = 2F if gated, else F.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +36,9 @@ def up(
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
         gluon = activation == "swiglu" and suits_gluon(x_ND, w_up_EHD)
         tma = suits_tma(w_up_EHD)
-        config = choose("up", x_ND.dtype, shape, x_ND.device, tma=tma, gluon=gluon)
+        inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
+        run = functools.partial(up, *inputs, tiles=tiles)
+        config = choose("up", x_ND.dtype, shape, x_ND.device, run, tma=tma, gluon=gluon)
     if config.gluon:
         assert activation == "swiglu"
         return gluon_up.up(x_ND, index_R, weights_R, counts_E, w_up_EHD, config, tiles)

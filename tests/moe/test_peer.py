@@ -170,6 +170,7 @@ def test_experts_on_several_ranks_are_those_of_one(ep: int) -> None:
         ({"expert_ffn_dim": 8}, "an expert is one neuron: set it to 1"),
         ({"capacity": {"factor": 1}}, "leave capacity out"),
         ({"num_shared_experts": 1}, "leave num_shared_experts out"),
+        ({"backend": "triton"}, "leave backend out"),
         ({"losses": {"z_loss_weight": 1}}, "leave losses out"),
         ({"elastic": {"k_max": 2}}, "elastic does not go with router.name = peer"),
     ],

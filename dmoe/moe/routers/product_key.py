@@ -107,6 +107,7 @@ class PeerConfig(RouterSection):
             ("capacity", moe.capacity is not None),
             ("num_shared_experts", moe.num_shared_experts > 0),
             ("losses", bool(moe.losses.weights())),
+            ("backend", moe.backend != "auto"),
         ):
             if given:
                 raise ConfigError(

@@ -99,7 +99,7 @@ class Bench(run.Bench):
             self.rows[shape.name, name] = run.Row(shape, name, len(calls), 9.0, 10**6, 1e-3)
 
 def run_with(deadline, **options):
-    options = {"shapes": None, "only": None, "tune": False, "repeats": 3} | options
+    options = {"shapes": None, "layer": None, "only": None, "repeats": 3} | options
     bench = Bench(argparse.Namespace(out=page, **options), deadline)
     bench.neurons = "\\n## Neurons\\n"
     bench.run()
@@ -118,6 +118,11 @@ assert [row.split(" | ")[:2] for row in rows[9:11]] == [
     ["| OLMoE-1B-7B", "ours"], ["| OLMoE-1B-7B", "Liger"]
 ], rows
 assert second.endswith("\\n## Neurons\\n")
+for experts in (4, 16):
+    own = run_with(late, layer=[64, 32, 24, experts, 2], only=["ours"], add=True)
+names = [line.split(" | ")[0] for line in own.splitlines() if line.startswith("| ")][2:]
+assert len(names) == 22, names
+assert names[-2:] == [f"| T = 64, D = 32, F = 24, E = {experts}, K = 2" for experts in (16, 4)]
 calls.clear()
 page = page.with_name("other.md")
 run_with(0.0, shapes=["OLMoE"], add=False)

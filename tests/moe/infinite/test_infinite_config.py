@@ -46,6 +46,7 @@ def config(infinite: dict, **moe) -> MoEConfig:
         ({"ffn_dim": 60}, {}, r"60 is not a multiple of 8"),
         ({}, {"num_experts": 4}, r"num_experts = 4 x expert_ffn_dim = None"),
         (NEURON, {"num_shared_experts": 2}, r"num_shared_experts \(2\)"),
+        (NEURON, {"backend": "megablocks"}, r"backend \(megablocks\)"),
         (NEURON, {"capacity": {"factor": 1.5}}, r"capacity \(factor 1\.5\)"),
         (NEURON, {"losses": {"load_balance_weight": 0.1}}, r"losses \(load_balance 0\.1\)"),
         (BLOCK, {"elastic": {"k_max": 2}}, r"elastic draws from 1 to 2"),

@@ -1,0 +1,55 @@
+"""What experts cannot run on is told before a run has a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from dmoe.config import ConfigError
+from dmoe.trainer.build import open_run
+
+NEURONS = {"infinite": {"ffn_dim": 32, "granularity": "neuron"}}
+
+
+@pytest.mark.parametrize(
+    ("engine", "moe", "message"),
+    [
+        ({"tune_kernels": True}, {}, "engine.tune_kernels = true is for the Triton kernels"),
+        ({}, {"backend": "triton"}, "needs an NVIDIA or AMD GPU, this device is cpu"),
+        ({}, {**NEURONS, "backend": "triton"}, "needs an NVIDIA or AMD GPU, this device is cpu"),
+    ],
+)
+def test_is_told_before_the_run(
+    token_store: Path, tmp_path: Path, monkeypatch, engine: Any, moe: Any, message: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # where kernels are tested
+    config = tiny_config(token_store, tmp_path / "runs", engine=engine)
+    tree = config.model_dump()
+    if "infinite" in moe:
+        tree["model"]["moe"] = {"num_dense_layers": 1}
+    tree["model"]["moe"] |= moe
+    with (
+        pytest.raises(ConfigError, match=message),
+        open_run(type(config).model_validate(tree), torch.device("cpu")),
+    ):
+        pass
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_says_whether_its_kernels_are_measured(
+    token_store: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """A later run of the same process that does not ask for it turns it off again."""
+    monkeypatch.setattr("dmoe.trainer.build.resolve_backend", lambda *_: "triton")
+    reports: list[Any] = []
+    monkeypatch.setattr("dmoe.trainer.build.tune_kernels", reports.append)
+    for tune in (True, False):
+        config = tiny_config(token_store, tmp_path / str(tune), engine={"tune_kernels": tune})
+        with open_run(config, torch.device("cpu")):
+            pass
+    assert reports[1] is None
+    capsys.readouterr()
+    reports[0]("up: 1.000 ms")
+    assert capsys.readouterr().out == "up: 1.000 ms\n"
