@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
@@ -18,6 +19,10 @@ ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# The only release with which the kernels ran on a GPU.
+_TIMED_TRITON = (3, 6)
+
+
 def resolve_backend(
     backend: Backend,
     device: torch.device,
@@ -26,12 +31,11 @@ def resolve_backend(
 ) -> ResolvedBackend:
     """Return the backend that is used on a device.
 
-    "auto" is "triton" where its kernels have been timed and were faster: on GPUs of compute
-    capability 9, in bfloat16 1.7 to 3.4 times as fast (docs/results/kernels_h200.md); float16 is
-    taken to be like it. On a CPU torch's
-    grouped GEMM compiles each product of narrow dtypes anew, as no two have as many rows: there
-    "auto" is "loop", which keeps to few shapes. Elsewhere it is "torch". Rows in float64 are always
-    worked by "loop".
+    "auto" is "triton" where its kernels have been timed and were faster: with Triton 3.6 on GPUs of
+    compute capability 9, in bfloat16 1.7 to 3.4 times as fast (docs/results/kernels_h200.md);
+    float16 is taken to be like it. On a CPU torch's grouped GEMM compiles each product of narrow
+    dtypes anew, as no two have as many rows: there "auto" is "loop", which keeps to few shapes.
+    Elsewhere it is "torch". Rows in float64 are always worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -78,7 +82,16 @@ def _is_timed(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     major, _ = torch.cuda.get_device_capability(device)
-    return major == 9 and _is_installed("triton", "dmoe_kernels")
+    return major == 9 and _is_installed("triton", "dmoe_kernels") and _triton() == _TIMED_TRITON
+
+
+@functools.cache
+def _triton() -> tuple[int, ...]:
+    """Return the release of Triton without importing it, or nothing where it has another name."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return ()
 
 
 @functools.cache
@@ -100,6 +113,15 @@ def _check_triton(device: torch.device) -> None:
             f"model.moe.backend to auto",
             key="model.moe.backend",
         )
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ConfigError(
+                f"model.moe.backend = triton needs compute capability 8.0 or later (A100), this "
+                f"GPU, {torch.cuda.get_device_name(device)}, has {major}.{minor}: set "
+                f"model.moe.backend to torch",
+                key="model.moe.backend",
+            )
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.rows import RowMap, offsets_of, sum_rows
 from dmoe.ops.slots import sort_slots
@@ -111,6 +112,7 @@ class _ToBuffers(torch.autograd.Function):
         return _fill(x_TD, places, by_triton)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx_PD: Tensor) -> tuple[Tensor, None, None]:
         return _sum(dx_PD, ctx.places, ctx.by_triton), None, None
 
@@ -122,5 +124,6 @@ class _FromBuffers(torch.autograd.Function):
         return _sum(y_PD, places, by_triton)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         return _fill(dy_TD, ctx.places, ctx.by_triton), None, None

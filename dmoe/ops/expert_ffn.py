@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.activation import Activation, activate, activate_backward
 from dmoe.ops.backend import Backend, ResolvedBackend, resolve_backend
@@ -56,11 +57,20 @@ def expert_ffn(
             defines them; gradients pass the rounding as if there were none. "triton" is fast, the
             others are slow.
         main_grads: what backward adds the gradients of `w_up` and `w_down_EDF` to, such as float32
-            sums over micro-batches; the weights themselves then get none.
+            sums over micro-batches; the weights themselves then get none. Contiguous.
 
     Returns:
         (N, D) in `x_ND`'s dtype; zero for a source without rows.
+
+    Raises:
+        ValueError: widths do not suit eight bits, or `main_grads` not the weights.
     """
+    for main, w in zip(main_grads or (), (w_up, w_down_EDF), strict=False):
+        if main.shape != w.shape or not main.is_contiguous():
+            raise ValueError(
+                f"main_grads must be contiguous, with the shapes of the weights: one is "
+                f"{tuple(main.shape)} with strides {main.stride()}, its weight {tuple(w.shape)}"
+            )
     if dtype == "fp8":
         check_widths(*w_down_EDF.shape[1:])
     options = _Options(activation, backend, recompute, dtype, main_grads)
@@ -156,11 +166,14 @@ class _ExpertFFN(torch.autograd.Function):
         return y_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, w_up, w_down_EDF, z_RH, counts_E, *row_tensors = ctx.saved_tensors
         rows, (activation, _, _, dtype, main_grads) = RowMap(*row_tensors), ctx.options
         # The gradient of a sum is expanded: every row of it the same memory.
         dy_ND = dy_ND.contiguous()
+        trained = main_grads is not None or any(ctx.needs_input_grad[2:4])
+        dw: list[Tensor | None]
         if ctx.backend == "triton":
             dx_ND, dweights_R, *dw = backward_by_triton(
                 dy_ND,
@@ -174,6 +187,7 @@ class _ExpertFFN(torch.autograd.Function):
                 activation,
                 main_grads,
                 fp8=dtype == "fp8",
+                trained=trained,
             )
         else:
             dy_RD, backend = take_rows(dy_ND, rows), ctx.backend
@@ -182,11 +196,13 @@ class _ExpertFFN(torch.autograd.Function):
                 z_RH = multiply(take_rows(x_ND, rows), w_up, counts_E)
             da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend)
             a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, activation)
-            dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend).to(w_down_EDF.dtype)
-            del dy_RD
-            dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend).to(w_up.dtype)
+            dw = [None, None]
+            if trained:
+                dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend)
+                del dy_RD
+                dw_up = grouped_outer(dz_RH, take_rows(x_ND, rows), counts_E, backend)
+                dw = [dw_up.to(w_up.dtype), dw_down_EDF.to(w_down_EDF.dtype)]
             dx_ND = sum_rows(multiply(dz_RH, w_up.transpose(1, 2), counts_E), rows)
-            dw = [dw_up, dw_down_EDF]
         if main_grads is None:
             return dx_ND, dweights_R, *dw, None, None, None
         if ctx.backend != "triton":  # the kernels have added them

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.activation import Activation, activate
 from dmoe.ops.top_mask import unpack_bits, unpack_bytes
@@ -109,6 +110,7 @@ class _MaskedActivation(torch.autograd.Function):
         return a_TF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, da_TF: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, z_TKZ, w_FZ, *packed = ctx.saved_tensors
         dhidden_TH, dz_TKZ = torch.empty_like(hidden_TH), torch.empty_like(z_TKZ)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.activation import activate, activate_backward
 from dmoe.ops.rows import offsets_of
@@ -92,6 +93,7 @@ class _NeuronBag(torch.autograd.Function):
         return _sums(out_ED, ids_R, a_R, offsets_N1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_R, in_ED, out_ED, z_R1, used_NK, token_R, ids_R, offsets_N1 = (
             ctx.saved_tensors

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.top_k import top_k_ids_sorted
 
@@ -47,8 +48,10 @@ def select_experts(
     """
     from dmoe_kernels.routing import select
 
-    k_T = k if isinstance(k, Tensor) else None
-    return select(logits_TE.detach(), bias_E, k_T, valid_T, top_k=most_k, score=score)
+    k_T = k.contiguous() if isinstance(k, Tensor) else None
+    valid_T = None if valid_T is None else valid_T.contiguous()
+    logits_TE = logits_TE.detach()
+    return select(logits_TE, bias_E.contiguous(), k_T, valid_T, top_k=most_k, score=score)
 
 
 def select_experts_torch(
@@ -112,6 +115,7 @@ class _Weigh(torch.autograd.Function):
         return weigh(logits_TE, ids_TK, **form._asdict())
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dscores_TE: Tensor | None, dweights_TK: Tensor | None
     ) -> tuple[Tensor, None, None]:

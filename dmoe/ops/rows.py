@@ -29,6 +29,10 @@ class RowMap(NamedTuple):
         by_source_R = torch.argsort(index_R, stable=True)
         return cls(index_R, by_source_R, offsets_of(torch.bincount(index_R, minlength=num_sources)))
 
+    def contiguous(self) -> "RowMap":
+        """Return the map as kernels read it."""
+        return RowMap(*(part.contiguous() for part in self))
+
     def head(self, num_rows: int) -> "RowMap":
         """Return the map of the first rows, where those after them have no source."""
         return RowMap(self.index_R[:num_rows], self.by_source_R[:num_rows], self.offsets_N1)

@@ -23,9 +23,14 @@ def forward_by_triton(
     """Return z_RH and y_ND; the arguments are those of `expert_ffn`, `fp8` its dtype."""
     from dmoe_kernels.experts import experts_forward
 
-    weights = _in_dtype_of(x_ND, w_up, w_down_EDF)
     y_ND, z_RH = experts_forward(
-        x_ND.contiguous(), tuple(rows), weights_R, counts_E, *weights, activation, fp8=fp8
+        x_ND.contiguous(),
+        rows.contiguous(),
+        weights_R.contiguous(),
+        counts_E.contiguous(),
+        *_in_dtype_of(x_ND, w_up, w_down_EDF),
+        activation,
+        fp8=fp8,
     )
     return z_RH, y_ND
 
@@ -43,7 +48,8 @@ def backward_by_triton(
     main_grads: tuple[Tensor, Tensor] | None,
     *,
     fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of x_ND, weights_R, w_up and w_down_EDF, each in its dtype.
 
     Args:
@@ -58,6 +64,7 @@ def backward_by_triton(
         activation: as in the forward pass.
         main_grads: what the gradients of the weights are added to and returned as, or None.
         fp8: as in the forward pass.
+        trained: whether the weights get gradients; else these are None.
     """
     from dmoe_kernels.experts import experts_backward
 
@@ -65,14 +72,15 @@ def backward_by_triton(
         dy_ND,
         x_ND.contiguous(),
         z_RH,
-        tuple(rows),
-        weights_R,
-        counts_E,
+        rows.contiguous(),
+        weights_R.contiguous(),
+        counts_E.contiguous(),
         *_in_dtype_of(x_ND, w_up, w_down_EDF),
         activation,
         w_up.dtype,
         accumulate=main_grads,
         fp8=fp8,
+        trained=trained,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops.activation import Activation
 from dmoe.ops.mean_mask import MaskRule
@@ -43,7 +44,14 @@ def masked_activation_by_triton(
         (T, F) in the dtype of `hidden_TH`, and the masks, (T, K, F / 8) uint8.
     """
     return _MaskedActivation.apply(
-        hidden_TH.contiguous(), z_TKZ, w_FZ, n, rule, activation, decide, valid_T
+        hidden_TH.contiguous(),
+        z_TKZ,
+        w_FZ,
+        n,
+        rule,
+        activation,
+        decide,
+        None if valid_T is None else valid_T.contiguous(),
     )
 
 
@@ -82,6 +90,7 @@ class _MaskedActivation(torch.autograd.Function):
         return made[0], bits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, da_TF: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         from dmoe_kernels.mean_mask import masked_activation_backward
 

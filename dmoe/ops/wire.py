@@ -37,6 +37,7 @@ def quantize_rows(x_ND: Tensor, rows: RowMap | None = None, *, by_triton: bool =
     if by_triton:
         from dmoe_kernels.wire import quantize_rows
 
+        rows = rows and rows.contiguous()
         return quantize_rows(x_ND.contiguous(), rows, wire_width(x_ND.shape[1]))
     dim = x_ND.shape[1]
     blocks_NBX = F.pad(x_ND.float(), (0, -dim % BLOCK)).unflatten(1, (-1, BLOCK))

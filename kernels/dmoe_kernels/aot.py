@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dmoe_kernels.aot_cases import Case, cases
+from dmoe_kernels.aot_cases import LIMITS, Case, cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,6 +61,8 @@ class Evidence(NamedTuple):
         """Say what is wrong, or None."""
         if self.spilled:
             return f"spills: {self.spilled} loads and stores"
+        if self.shared > LIMITS[self.target][0]:
+            return f"more shared memory than the {LIMITS[self.target][0]} bytes there are"
         if self.case.multiplies and not self.tensor_core:
             return f"no {_instruction(self.case, self.target)}"
         if (self.case.gluon or self.case.constexprs.get("TMA")) and not self.by_tma:

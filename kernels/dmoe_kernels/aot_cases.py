@@ -5,7 +5,7 @@ Ints that a model makes multiples of 16 are told to the compiler as such, as the
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dmoe_kernels import (
     buffers,
@@ -31,7 +31,7 @@ from dmoe_kernels.configs import CANDIDATES, Config, candidates, scaled_k
 from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 
 # Shared memory a program may use, and whether products read both sides from it.
-_LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
+LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
 _SIZES = ("size_l", "size_r", "size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
 _SIZES += ("latent_dim", "size_h")
 
@@ -84,16 +84,43 @@ class Case:
         return "fp32" if name in ("scale", "factor", "quantile") else "i32"
 
 
+class _Numbers(NamedTuple):
+    """What a product multiplies, and how."""
+
+    dtype: str
+    label: str = ""
+    precision: str = "tf32"
+    even_k: bool = True
+    first_only: bool = True
+    """Compile the default config alone."""
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+
+_NUMBERS = (
+    _Numbers("bf16", first_only=False),
+    _Numbers("bf16", ", ragged K", even_k=False),
+    _Numbers("fp16", ", fp16"),
+    _Numbers("fp32", ", fp32 by TF32", first_only=False),
+    _Numbers("fp32", ", fp32", precision="ieee", first_only=False),
+)
+
+
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     """Yield what is compiled for a target; with `first_only` the default config of each form."""
-    shared_memory, wgmma = _LIMITS[target]
-    for name, form, kernel, pointers, constants in _products():
-        fitting = candidates(name, 2, shared_memory, wgmma=wgmma)
-        for config in fitting[:1] if first_only else fitting:
-            if not config.gluon:
-                yield _product(name, form, kernel, pointers, constants, config)
-            elif HAS_GLUON and (name, form) in _GLUON:
-                yield _in_gluon(name, form, config)
+    shared_memory, wgmma = LIMITS[target]
+    for numbers in _NUMBERS:
+        for name, form, kernel, pointers, constants in _products(numbers):
+            if "EVEN_K" not in constants and not numbers.even_k:
+                continue
+            fitting = candidates(name, numbers.itemsize, shared_memory, wgmma=wgmma)
+            for config in fitting[:1] if first_only or numbers.first_only else fitting:
+                if not config.gluon:
+                    yield _product(name, form, kernel, pointers, constants, config, numbers)
+                elif HAS_GLUON and numbers == _NUMBERS[0] and (name, form) in _GLUON:
+                    yield _in_gluon(name, form, config)
     if wgmma:
         yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants, warps in _others():
@@ -109,10 +136,12 @@ def _product(
     pointers: dict[str, str],
     constants: dict[str, Any],
     config: Config,
+    numbers: _Numbers,
 ) -> Case:
-    block_m, block_n, block_k = config.block_m, config.block_n, scaled_k(config, 2)
+    block_m, block_n, block_k = config.block_m, config.block_n, scaled_k(config, numbers.itemsize)
     if constants.get("GATHER_A"):
         block_m, block_n = block_n, block_m
+    form += numbers.label
     if config.tma:
         form = f"{form}, TMA"
         blocks = {"a": (block_m, block_k), "w": (1, block_n, block_k)}
@@ -125,7 +154,9 @@ def _product(
         elif name != "gemm":
             by_tma, columns = ("b", block_n) if constants["GATHER_A"] else ("a", block_m)
             blocks = {by_tma: (block_k, columns)}
-        described = {arg: f"bf16[{','.join(map(str, block))}]" for arg, block in blocks.items()}
+        described = {
+            arg: f"{numbers.dtype}[{','.join(map(str, block))}]" for arg, block in blocks.items()
+        }
         pointers = pointers | described
     constants = constants | ({} if name == "dz" else {"TMA": config.tma})
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
@@ -134,10 +165,11 @@ def _product(
         form,
         kernel,
         pointers,
-        constants | sizes | {"PRECISION": "tf32", "GROUP_M": config.group_m},
+        constants | sizes | {"PRECISION": numbers.precision, "GROUP_M": config.group_m},
         config.warps,
         config.stages,
         f"{block_m}x{block_n}x{block_k}",
+        multiplies=numbers.precision != "ieee",
     )
 
 
@@ -199,25 +231,25 @@ def _in_gluon(name: str, form: str, config: Config) -> Case:
 _TILES = {"index": "i64", "table": "i32", "offsets": "i32"}
 
 
-def _products() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]]:
+def _products(numbers: _Numbers) -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]]:
     """Yield name, form, kernel, pointers and constants of the kernels that multiply matrices."""
-    rows = dict.fromkeys(("x", "w", "z", "a"), "bf16") | {"weights": "fp32"} | _TILES
+    rows = dict.fromkeys(("x", "w", "z", "a"), numbers.dtype) | {"weights": "fp32"} | _TILES
     for activation in ("swiglu", "gelu", "relu"):
-        constants = {"ACTIVATION": activation, "EVEN_K": True}
+        constants = {"ACTIVATION": activation, "EVEN_K": numbers.even_k}
         yield "up", activation, up.up_kernel, rows, constants
-    gemm = dict.fromkeys(("a", "w", "y"), "bf16") | _TILES
-    for form, gather, transposed in (("down", False, True), ("dx", False, False)):
-        constants = {"GATHER": gather, "TRANSPOSED": transposed, "EVEN_K": True}
+    gemm = dict.fromkeys(("a", "w", "y"), numbers.dtype) | _TILES
+    for form, transposed in (("down", True), ("dx", False)):
+        constants = {"TRANSPOSED": transposed, "EVEN_K": numbers.even_k}
         yield "gemm", form, grouped_gemm.gemm_kernel, gemm, constants
-    back = dict.fromkeys(("dy", "w", "z", "dz_", "a"), "bf16") | _TILES
+    back = dict.fromkeys(("dy", "w", "z", "dz_", "a"), numbers.dtype) | _TILES
     back |= {"weights": "fp32", "parts": "fp32"}
     for activation in ("swiglu", "gelu", "relu"):
-        constants = {"ACTIVATION": activation, "EVEN_K": True}
+        constants = {"ACTIVATION": activation, "EVEN_K": numbers.even_k}
         yield "dz", activation, dz.dz_kernel, back, constants
-    outer = {"a": "bf16", "b": "bf16", "offsets": "i32", "index": "i64"}
+    outer = {"a": numbers.dtype, "b": numbers.dtype, "offsets": "i32", "index": "i64"}
     for name, form, gather_a, out in (
-        ("outer", "dw_down", True, "bf16"),
-        ("outer", "dw_up", False, "bf16"),
+        ("outer", "dw_down", True, numbers.dtype),
+        ("outer", "dw_up", False, numbers.dtype),
         ("outer_add", "dw_up, fp32", False, "fp32"),
     ):
         constants = {"GATHER_A": gather_a, "ACCUMULATE": name == "outer_add"}

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import rounded
+from dmoe_kernels.common import ordered, rounded
 from dmoe_kernels.latent_scores import scores_of_pieces
 from dmoe_kernels.mean_mask import activated
 
@@ -111,13 +111,6 @@ def _choose(
         BLOCK_F=block,
         num_warps=min(16, max(1, block // 256)),
     )
-
-
-@triton.jit
-def ordered(x):
-    """Return integers that order as the floats do, with -0.0 equal to 0.0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return ((bits >> 31) & 0x7FFFFFFF) ^ bits
 
 
 @triton.jit

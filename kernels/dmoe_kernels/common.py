@@ -46,6 +46,30 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def ordered(x):
+    """Return integers that order as the floats do, with -0.0 equal to 0.0."""
+    # The lower bits of negative ones are flipped.
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return ((bits >> 31) & 0x7FFFFFFF) ^ bits
+
+
+@triton.jit
+def swiglu(gate, up_):
+    """Return silu(gate) up_, of float32 numbers."""
+    return gate * tl.sigmoid(gate) * up_
+
+
+@triton.jit
+def ungated(x, ACTIVATION: tl.constexpr):
+    """Return gelu(x) or relu(x), and its derivative."""
+    if ACTIVATION == "gelu":
+        hidden, slope = gelu_tanh(x)
+    else:
+        hidden, slope = tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+    return hidden, slope
+
+
+@triton.jit
 def swizzled(tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Return the place (m, n) of a tile: GROUP_M rows of tiles share a block of weights in L2."""
     width = GROUP_M * num_n

@@ -2,7 +2,8 @@
 
 `choose` reads a table on disk, and takes the first candidate that fits where that has none for the
 size. So all ranks of a job choose alike, and a graph may be captured at once. After `tune_kernels`
-it measures all candidates at such a size instead, and writes the fastest to the table.
+it measures all candidates at such a size instead, each rank for itself, and writes the fastest to
+the table.
 """
 
 import functools
@@ -111,6 +112,18 @@ CANDIDATES = {
         Config(64, 256, 64, 4, 2, 8),
     ],
 }
+ROWS_READ_PAST = 64
+"""Rows after those of all experts that a weight gradient may read by TMA: `dz` zeroes them."""
+assert all(
+    c.block_k <= ROWS_READ_PAST for kernel in ("outer", "outer_add") for c in CANDIDATES[kernel]
+)
+
+# Rows in float32, whose products may be exact: without tensor cores, and all operands in registers.
+_WIDE = [
+    Config(64, 64, 64, 8, 3),
+    Config(64, 64, 64, 8, 2),
+    Config(64, 64, 32, 4, 2),
+]
 # Small, so that a small test has several tiles and a tail of each kind.
 _INTERPRETED = Config(32, 16, 16, 4, 1, 2)
 
@@ -149,7 +162,7 @@ def candidates(
     """
     fitting = [
         config
-        for config in CANDIDATES[kernel]
+        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE)
         if bytes_needed(config, itemsize) <= shared_memory
         and (wgmma or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))
@@ -163,6 +176,7 @@ def _held(kernel: str, config: Config) -> int:
     return config.block_m * config.block_n * (2 if kernel == "outer_add" else 1)
 
 
+# Of the process, as backward passes run in threads of their own.
 _report: Callable[[str], object] | None = None
 
 
@@ -178,6 +192,7 @@ def tune_kernels(report: Callable[[str], object] | None) -> None:
 
 def choose(
     kernel: str,
+    form: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     device: torch.device,
@@ -186,10 +201,11 @@ def choose(
     tma: bool = False,
     gluon: bool = False,
 ) -> Config:
-    """Return the config for a kernel on a device.
+    """Return the config for a kernel on a device; a process keeps to what it chose first.
 
     Args:
         kernel: a key of `CANDIDATES`.
+        form: what else tells one product of the kernel from another, such as its activation.
         dtype: of the rows.
         shape: (M, N, K) of the product as the kernel names them, E, and rows an expert, rounded up
             to a power of 2.
@@ -200,17 +216,17 @@ def choose(
     """
     if INTERPRET.value:
         return _INTERPRETED
-    words = [kernel, str(dtype).removeprefix("torch."), *map(str, shape)]
+    words = [kernel, form, str(dtype).removeprefix("torch."), *map(str, shape)]
     key = " ".join(words + ["tma"] * tma + ["gluon"] * gluon)
-    tuned = _tuned(device).get(key)
-    if tuned:
-        return Config(*tuned)
+    chosen = _chosen(device)
     fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
-    if _report is None or torch.cuda.is_current_stream_capturing():
-        return fitting[0]
-    best = _fastest(fitting, run, lambda text: _report(f"{key}: {text}"))
-    _keep(key, best, device)
-    return best
+    # A table may be older than the candidates.
+    if chosen.get(key) not in fitting:
+        if _report is None or torch.cuda.is_current_stream_capturing():
+            return fitting[0]
+        chosen[key] = _fastest(fitting, run, lambda text: _report(f"{key}: {text}"))
+        _keep(key, chosen[key], device)
+    return chosen[key]
 
 
 def _fastest(
@@ -239,9 +255,8 @@ def _keep(key: str, config: Config, device: torch.device) -> None:
     path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(_read(path) | {key: list(config)}, indent=1, sort_keys=True))
+    fresh.write_text(json.dumps(_read(path) | {key: config}, indent=1, sort_keys=True))
     fresh.replace(path)
-    _tuned.cache_clear()
 
 
 def table_path(device: torch.device) -> Path:
@@ -271,8 +286,12 @@ def _limits(device: torch.device) -> tuple[int, bool]:
 
 
 @functools.cache
-def _tuned(device: torch.device) -> dict[str, list[int]]:
-    return _read(table_path(device))
+def _chosen(device: torch.device) -> dict[str, Config]:
+    """Return what this process takes: what the table on disk had, and what it measured itself."""
+    table = _read(table_path(device))
+    return {
+        key: Config(*sizes) for key, sizes in table.items() if len(sizes) == len(Config._fields)
+    }
 
 
 def _read(path: Path) -> dict[str, list[int]]:

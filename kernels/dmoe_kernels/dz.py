@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded
-from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.common import num_programs, precision_of, rounded, ungated
+from dmoe_kernels.configs import ROWS_READ_PAST, Config, choose, rows_bucket, scaled_k
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 
@@ -39,7 +39,7 @@ def dz(
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
         inputs = (dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation)
         run = functools.partial(dz, *inputs, tiles=tiles)
-        config = choose("dz", dy_ND.dtype, shape, dy_ND.device, run)
+        config = choose("dz", activation, dy_ND.dtype, shape, dy_ND.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)
@@ -109,10 +109,7 @@ def _dz_columns(
     else:
         place = rows * ffn_dim + cols[None, :]
         pre = tl.load(z + place, mask=mask, other=0.0).to(tl.float32)
-        if ACTIVATION == "gelu":
-            hidden, slope = gelu_tanh(pre)
-        else:
-            hidden, slope = tl.maximum(pre, 0.0), tl.where(pre > 0, 1.0, 0.0)
+        hidden, slope = ungated(pre, ACTIVATION)
         part = tl.sum(tl.where(mask, da * hidden, 0.0), 1)
         tl.store(dz_ + place, rounded(da * weight[:, None] * slope, dtype), mask=mask)
     a_ptrs = a + rows * ffn_dim + cols[None, :]
@@ -237,12 +234,15 @@ def dz_kernel(
                 )
 
 
+_PAST = tl.constexpr(ROWS_READ_PAST)
+
+
 @triton.jit
 def _zero_rows(x, offsets, num_experts, num_rows, width):
     """Write zeros to the rows after those of all experts, as many as a product may read of them."""
-    rows = tl.load(offsets + num_experts) + tl.arange(0, 64)
+    rows = tl.load(offsets + num_experts) + tl.arange(0, _PAST)
     place = x + rows.to(tl.int64)[:, None] * width
     for col in range(tl.program_id(0) * 16, width, tl.num_programs(0) * 16):
         cols = col + tl.arange(0, 16)
         mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
-        tl.store(place + cols[None, :], tl.zeros((64, 16), x.dtype.element_ty), mask=mask)
+        tl.store(place + cols[None, :], tl.zeros((_PAST, 16), x.dtype.element_ty), mask=mask)

@@ -77,7 +77,8 @@ def experts_backward(
     *,
     accumulate: tuple[Tensor, Tensor] | None = None,
     fp8: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trained: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return dx_ND, dweights_R, dw_up_EHD and dw_down_EDF.
 
     Args:
@@ -93,6 +94,7 @@ def experts_backward(
         weight_dtype: of the gradients of the weights.
         accumulate: gradients of w_up and w_down to add to, or None for new ones.
         fp8: as in the forward pass; of the gradients, dx is multiplied so.
+        trained: whether to compute the gradients of the weights; else they are None.
     """
     index_R, by_source_R, offsets_N1 = row_map
     num_rows = len(index_R)
@@ -104,9 +106,11 @@ def experts_backward(
         dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation, tiles=tiles
     )
     into_up, into_down = accumulate or (None, None)
-    dw_down_EDF = grouped_outer(
-        dy_ND, a_RF, index_R, tiles.offsets, gather_a=True, dtype=weight_dtype, out=into_down
-    )
+    dw_up_EHD = dw_down_EDF = None
+    if trained:
+        dw_down_EDF = grouped_outer(
+            dy_ND, a_RF, index_R, tiles.offsets, gather_a=True, dtype=weight_dtype, out=into_down
+        )
     if fp8:
         turned = quantize_weights(w_up_EHD, transposed=True)
         rows = quantize_rows(dz_RH)
@@ -116,7 +120,8 @@ def experts_backward(
             dz_RH, w_up_EHD, counts_E, transposed=False, num_rows=num_rows, tiles=tiles
         )
     dx_ND = gather_sum(dx_RD, by_source_R, offsets_N1)
-    dw_up_EHD = grouped_outer(
-        dz_RH, x_ND, index_R, tiles.offsets, gather_a=False, dtype=weight_dtype, out=into_up
-    )
+    if trained:
+        dw_up_EHD = grouped_outer(
+            dz_RH, x_ND, index_R, tiles.offsets, gather_a=False, dtype=weight_dtype, out=into_up
+        )
     return dx_ND, dweights_R, dw_up_EHD, dw_down_EDF

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import gelu_tanh, num_programs, rounded
+from dmoe_kernels.common import num_programs, rounded, swiglu, ungated
 from dmoe_kernels.configs import Config, choose, rows_bucket
 from dmoe_kernels.fp8 import BLOCK, Quantized, quantize_rows, quantize_weights, quantized
 from dmoe_kernels.fp8_gemm import matrix_rows, products
@@ -36,7 +36,7 @@ def up(
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
-        config = choose("up_fp8", torch.float8_e4m3fn, shape, index_R.device, run)
+        config = choose("up_fp8", activation, torch.float8_e4m3fn, shape, index_R.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     w = quantize_weights(w_up_EHD)
@@ -89,11 +89,7 @@ def _plain_columns(
     cols = block * BLOCK + tl.arange(0, BLOCK)
     tl.store(z + rows[:, None] * ffn_dim + cols[None, :], pre, mask=mask)
     # Backward starts from the rounded numbers, so the activation does, too.
-    pre = pre.to(tl.float32)
-    if ACTIVATION == "gelu":
-        hidden, _ = gelu_tanh(pre)
-    else:
-        hidden = tl.maximum(pre, 0.0)
+    hidden, _ = ungated(pre.to(tl.float32), ACTIVATION)
     hidden = rounded(hidden * weight[:, None], dtype).to(tl.float32)
     _store_quantized(hidden, a, a_scales, rows, mask, block, ffn_dim)
 
@@ -141,8 +137,7 @@ def _up_tile(
         z_ptrs = z + rows[:, None] * size_h + (col + tl.arange(0, BLOCK))[None, :]
         tl.store(z_ptrs, gate, mask=mask)
         tl.store(z_ptrs + ffn_dim, up_, mask=mask)
-        gate = gate.to(tl.float32)
-        hidden = gate * tl.sigmoid(gate) * up_.to(tl.float32)
+        hidden = swiglu(gate.to(tl.float32), up_.to(tl.float32))
         hidden = rounded(hidden * weight[:, None], dtype).to(tl.float32)
         _store_quantized(hidden, a, a_scales, rows, mask, n, ffn_dim)
     else:

@@ -27,19 +27,17 @@ def grouped_gemm(
     *,
     transposed: bool,
     num_rows: int,
-    index_R: Tensor | None = None,
     config: Config | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Multiply each expert's rows with its matrix.
 
     Args:
-        a_RK: rows, sorted by expert; with `index_R` the sources that it reads rows from.
+        a_RK: rows, sorted by expert.
         w: (E, N, K) if `transposed`, else (E, K, N), in the rows' dtype.
         counts_E: (E,) int64 rows of each expert.
         transposed: which dim of `w` is summed.
         num_rows: R; rows past the sum of the counts are left as they are.
-        index_R: (R,) int64 source of each row, or None.
         config: of the kernel; chosen if None.
         tiles: of `config.block_m` rows, if they were made before.
 
@@ -50,18 +48,17 @@ def grouped_gemm(
     size_n = w.shape[1] if transposed else w.shape[2]
     shape = (size_n, size_k, num_experts, rows_bucket(num_rows, num_experts))
     if config is None:
-        tma = index_R is None and suits_tma(a_RK, w)
-        gluon = index_R is None and suits_gluon(a_RK, w, transposed=transposed)
-        options = {"transposed": transposed, "num_rows": num_rows, "index_R": index_R}
+        options = {"transposed": transposed, "num_rows": num_rows, "tiles": tiles}
 
         def run(config: Config) -> Tensor:
-            return grouped_gemm(a_RK, w, counts_E, **options, config=config, tiles=tiles)
+            return grouped_gemm(a_RK, w, counts_E, **options, config=config)
 
-        config = choose("gemm", a_RK.dtype, shape, a_RK.device, run, tma=tma, gluon=gluon)
+        tma, gluon = suits_tma(a_RK, w), suits_gluon(a_RK, w, transposed=transposed)
+        form = "transposed" if transposed else "plain"
+        config = choose("gemm", form, a_RK.dtype, shape, a_RK.device, run, tma=tma, gluon=gluon)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)
-    assert index_R is None or not (config.tma or config.gluon), "TMA reads rows in order"
     if config.gluon:
         gluon_up.gemm(a_RK, w, y_RN, tiles, transposed=transposed, config=config)
         return y_RN
@@ -75,14 +72,12 @@ def grouped_gemm(
         a,
         matrix,
         y_RN,
-        a_RK if index_R is None else index_R,
         tiles.table_3M,
         tiles.offsets,
         num_experts,
         tiles.table_3M.shape[1],
         size_n,
         size_k,
-        GATHER=index_R is not None,
         TRANSPOSED=transposed,
         TMA=config.tma,
         EVEN_K=size_k % block_k == 0,
@@ -140,7 +135,8 @@ def grouped_outer(
                 a_RM, b_RN, index_R, offsets, **options, out=scratch, config=config
             )
 
-        config = choose(kernel, a_RM.dtype, shape, a_RM.device, run, tma=tma, gluon=gluon)
+        form = f"{'left' if gather_a else 'right'} {str(dtype).removeprefix('torch.')}"
+        config = choose(kernel, form, a_RM.dtype, shape, a_RM.device, run, tma=tma, gluon=gluon)
     if config.gluon:
         assert out is None
         return gluon_outer.outer(
@@ -189,14 +185,12 @@ def _gemm_tile(
     a,
     w,
     y,
-    index,
     expert,
     row,
     end,
     col,
     size_n,
     size_k,
-    GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -208,14 +202,14 @@ def _gemm_tile(
     acc = product(
         a,
         w,
-        index,
+        a,
         expert,
         row,
         end,
         col,
         size_n,
         size_k,
-        GATHER,
+        False,
         TRANSPOSED,
         1,
         TMA,
@@ -238,14 +232,12 @@ def gemm_kernel(
     a,
     w,
     y,
-    index,
     table,
     offsets,
     num_experts,
     bound,
     size_n,
     size_k,
-    GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -272,14 +264,12 @@ def gemm_kernel(
                     a,
                     w,
                     y,
-                    index,
                     expert,
                     row,
                     end,
                     n * BLOCK_N,
                     size_n,
                     size_k,
-                    GATHER,
                     TRANSPOSED,
                     TMA,
                     EVEN_K,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import gelu_tanh, rounded
+from dmoe_kernels.common import rounded, swiglu, ungated
 from dmoe_kernels.latent_scores import PRECISION, pieces, product_tile
 
 TILE = {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_Z": 32, "num_warps": 8, "num_stages": 1}
@@ -96,13 +96,10 @@ def activated(hidden, rows, f, inside, width, ACTIVATION: tl.constexpr):
         place = hidden + rows * (2 * width) + f
         gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         up_ = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
-        act = gate * tl.sigmoid(gate) * up_
+        act = swiglu(gate, up_)
     else:
         pre = tl.load(hidden + rows * width + f, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION == "gelu":
-            act, _ = gelu_tanh(pre)
-        else:
-            act = tl.maximum(pre, 0.0)
+        act, _ = ungated(pre, ACTIVATION)
     return act
 
 
@@ -251,10 +248,7 @@ def backward_kernel(
         act = silu * up_
     else:
         pre = tl.load(hidden + flat, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION == "gelu":
-            act, slope = gelu_tanh(pre)
-        else:
-            act, slope = tl.maximum(pre, 0.0), tl.where(pre > 0, 1.0, 0.0)
+        act, slope = ungated(pre, ACTIVATION)
         tl.store(dhidden + flat, rounded(dact * slope, dtype), mask=inside)
     dmean = gradient * act * factor
     for k in range(0, samples):

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmoe_kernels.common import ordered
+
 TINY = tl.constexpr(1e-20)
 """What a sum of scores is at least, as in the torch twin."""
 
@@ -184,11 +186,8 @@ def select_kernel(
     )
     if HAS_BIAS:
         scores += tl.load(bias + e, mask=e < num_experts, other=0.0)[None, :]
-    # A float and an index in one integer that orders as (score descending, index ascending). Adding
-    # zero makes -0.0 equal to 0.0; the lower bits of negative floats are flipped to order as ints.
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)
-    ordered = ((bits >> 31) & 0x7FFFFFFF) ^ bits
-    keys = (ordered.to(tl.int64) << 32) + (num_experts - 1 - e)[None, :]
+    # A float and an index in one integer that orders as (score descending, index ascending).
+    keys = (ordered(scores).to(tl.int64) << 32) + (num_experts - 1 - e)[None, :]
     LEAST: tl.constexpr = -(2**63)
     keys = tl.where(inside, keys, LEAST)
     num_slots = tl.zeros((BLOCK_T,), tl.int64) + top_k

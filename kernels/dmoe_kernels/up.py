@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels import gluon_up
-from dmoe_kernels.common import gelu_tanh, num_programs, precision_of, rounded
+from dmoe_kernels.common import num_programs, precision_of, rounded, swiglu, ungated
 from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import halves, product, tile_at
@@ -38,7 +38,7 @@ def up(
         tma = suits_tma(w_up_EHD)
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
-        config = choose("up", x_ND.dtype, shape, x_ND.device, run, tma=tma, gluon=gluon)
+        config = choose("up", activation, x_ND.dtype, shape, x_ND.device, run, tma=tma, gluon=gluon)
     if config.gluon:
         assert activation == "swiglu"
         return gluon_up.up(x_ND, index_R, weights_R, counts_E, w_up_EHD, config, tiles)
@@ -134,15 +134,11 @@ def _up_tile(
         up_ = rounded(up_, z.dtype.element_ty)
         tl.store(z_ptrs, gate, mask=mask)
         tl.store(z_ptrs + ffn_dim, up_, mask=mask)
-        gate = gate.to(tl.float32)
-        hidden = gate * tl.sigmoid(gate) * up_.to(tl.float32)
+        hidden = swiglu(gate.to(tl.float32), up_.to(tl.float32))
     else:
         pre = rounded(acc, z.dtype.element_ty)
         tl.store(z_ptrs, pre, mask=mask)
-        if ACTIVATION == "gelu":
-            hidden, _ = gelu_tanh(pre.to(tl.float32))
-        else:
-            hidden = tl.maximum(pre.to(tl.float32), 0.0)
+        hidden, _ = ungated(pre.to(tl.float32), ACTIVATION)
     a_ptrs = a + rows[:, None] * ffn_dim + cols[None, :]
     tl.store(a_ptrs, rounded(hidden * weight[:, None], a.dtype.element_ty), mask=mask)
 

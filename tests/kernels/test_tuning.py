@@ -1,5 +1,6 @@
 """How a tile shape is chosen, and what is measured for it."""
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ class Gpu:
             raise RuntimeError("out of shared memory\nand more lines")
 
     def choose(self, kernel: str = "gemm", shape=SHAPE, **forms: bool) -> configs.Config:
-        return configs.choose(kernel, torch.bfloat16, shape, DEVICE, self.run, **forms)
+        return configs.choose(kernel, "swiglu", torch.bfloat16, shape, DEVICE, self.run, **forms)
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def gpu(monkeypatch, tmp_path) -> Gpu:
     monkeypatch.setattr(configs, "table_path", lambda device: tmp_path / "cache" / "table.json")
     monkeypatch.setattr(configs, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    configs._tuned.cache_clear()
+    configs._chosen.cache_clear()
     yield made
     tune_kernels(None)
-    configs._tuned.cache_clear()
+    configs._chosen.cache_clear()
 
 
 def fitting(**forms: bool) -> list:
@@ -67,13 +68,13 @@ def test_the_fastest_is_kept_on_disk(gpu: Gpu) -> None:
     assert best == min(fitting(), key=gpu.times) != fitting()[0]
     assert gpu.measured == fitting()
     assert len(gpu.lines) == len(fitting())
-    assert gpu.lines[0].startswith(f"gemm bfloat16 64 32 8 128: 4.000 ms, {fitting()[0]}"), (
+    assert gpu.lines[0].startswith(f"gemm swiglu bfloat16 64 32 8 128: 4.000 ms, {fitting()[0]}"), (
         gpu.lines[0]
     )
     assert gpu.choose() == best
     assert len(gpu.measured) == len(fitting()), "measured once"
     tune_kernels(None)
-    configs._tuned.cache_clear()  # as in another process
+    configs._chosen.cache_clear()  # as in another process
     assert gpu.choose() == best
     assert gpu.choose(shape=(64, 32, 8, 256)) == fitting()[0]
 
@@ -89,6 +90,21 @@ def test_each_size_and_what_the_tensors_allow_have_an_entry(gpu: Gpu) -> None:
     gpu.times = lambda config: 0.0 if config.tma else 1.0
     assert gpu.choose(shape=(1, 1, 1, 1), tma=True).tma
     assert not gpu.choose(shape=(1, 1, 1, 1)).tma
+
+
+def test_what_is_no_candidate_any_more_is_not_taken(gpu: Gpu) -> None:
+    tune_kernels(gpu.lines.append)
+    gpu.choose()
+    [path] = configs.table_path(DEVICE).parent.iterdir()
+    key = gpu.lines[0].split(":")[0]
+    tune_kernels(None)
+    for outdated in ([999, *fitting()[1][1:]], [128, 128]):
+        path.write_text(json.dumps({key: outdated}))
+        configs._chosen.cache_clear()
+        assert gpu.choose() == fitting()[0]
+    path.write_text(json.dumps({key: fitting()[1]}))
+    configs._chosen.cache_clear()
+    assert gpu.choose() == fitting()[1]
 
 
 def test_what_fails_is_passed_over(gpu: Gpu) -> None:
@@ -118,7 +134,7 @@ def test_measuring_changes_no_result(monkeypatch, fp8: bool) -> None:
     options = {"backend": "triton", "dtype": "fp8" if fp8 else "same"}
     measured = []
 
-    def measure(kernel, dtype, shape, device, run, **_):
+    def measure(kernel, form, dtype, shape, device, run, **_):
         run(configs._INTERPRETED)
         measured.append(kernel)
         return configs._INTERPRETED

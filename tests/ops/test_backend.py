@@ -15,16 +15,26 @@ def test_auto_is_torch_but_for_narrow_dtypes_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "is_installed", "expected"),
-    [((9, 0), True, "triton"), ((9, 0), False, "torch"), ((8, 0), True, "torch")],
+    ("capability", "is_installed", "release", "expected"),
+    [
+        ((9, 0), True, (3, 6), "triton"),
+        ((9, 0), False, (3, 6), "torch"),
+        ((8, 0), True, (3, 6), "torch"),
+        ((9, 0), True, (3, 9), "torch"),
+    ],
 )
 def test_auto_is_triton_where_it_was_timed(
-    monkeypatch, capability: tuple[int, int], is_installed: bool, expected: str
+    monkeypatch,
+    capability: tuple[int, int],
+    is_installed: bool,
+    release: tuple[int, int],
+    expected: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(door, "_is_installed", lambda *packages: is_installed)
+    monkeypatch.setattr(door, "_triton", lambda: release)
     assert resolve_backend("auto", GPU, torch.bfloat16) == expected
     assert resolve_backend("auto", GPU, torch.float16) == expected
     assert resolve_backend("auto", GPU, torch.float32) == "torch"
@@ -59,6 +69,20 @@ def test_kernels_need_a_gpu(monkeypatch) -> None:
     assert resolve_backend("triton", GPU) == "triton"
     with pytest.raises(ConfigError, match="needs an NVIDIA or AMD GPU, this device is cpu"):
         resolve_backend("triton", CPU)
+
+
+def test_kernels_need_a_gpu_that_they_compile_for(monkeypatch) -> None:
+    monkeypatch.setattr(door, "_is_installed", lambda *packages: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability in ((8, 0), (7, 5)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        if capability[0] == 8:
+            assert resolve_backend("triton", GPU) == "triton"
+        else:
+            with pytest.raises(ConfigError, match=r"Tesla T4, has 7\.5: set"):
+                resolve_backend("triton", GPU)
 
 
 def test_megablocks_multiplies_bfloat16(monkeypatch) -> None:

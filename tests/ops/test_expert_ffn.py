@@ -1,5 +1,6 @@
 """The fused expert network against its loop twin: forward, every gradient, and what is saved."""
 
+import importlib
 import itertools
 
 import pytest
@@ -87,6 +88,51 @@ def test_recomputing_and_main_gradients_change_no_number(backend) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
     for got, expected in zip(main_grads, want[3:], strict=True):
         torch.testing.assert_close(got, 2 * expected)
+
+
+def test_main_gradients_that_are_not_the_weights_are_refused() -> None:
+    rows, counts = RowMap.from_index(torch.tensor([0, 1]), 2), torch.tensor([1, 1])
+    x, w_up, w_down = torch.randn(2, 8), torch.randn(2, 16, 8), torch.randn(2, 8, 8)
+    turned = torch.zeros(2, 8, 16).transpose(1, 2)
+    for wrong in (torch.zeros(2, 8, 16), turned):
+        with pytest.raises(ValueError, match="main_grads must be contiguous"):
+            expert_ffn(
+                x,
+                rows,
+                torch.ones(2),
+                counts,
+                w_up,
+                w_down,
+                activation="swiglu",
+                main_grads=(wrong, torch.zeros(2, 8, 8)),
+            )
+
+
+def test_frozen_experts_pass_gradients_and_get_none(monkeypatch) -> None:
+    """Their products are not computed either."""
+    rows, counts = RowMap.from_index(torch.tensor([0, 1, 1]), 2), torch.tensor([1, 2])
+    tensors = [torch.randn(s) for s in ((2, 8), (3,), (2, 16, 8), (2, 8, 8))]
+    results = []
+    for trained in (4, 2):
+        leaves = [t.clone().requires_grad_(i < trained) for i, t in enumerate(tensors)]
+        x, weights, *both = leaves
+        y = expert_ffn(x, rows, weights, counts, *both, activation="swiglu", backend="loop")
+        y.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+        monkeypatch.delattr(importlib.import_module("dmoe.ops.expert_ffn"), "grouped_outer", False)
+    for got, want in zip(results[1][:2], results[0][:2], strict=True):
+        assert torch.equal(got, want)
+    assert results[1][2:] == [None, None]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    rows = RowMap.from_index(torch.tensor([0, 1]), 2)
+    x = torch.randn(2, 8, requires_grad=True)
+    w_up, w_down = torch.randn(2, 16, 8), torch.randn(2, 8, 8)
+    y = expert_ffn(x, rows, torch.ones(2), torch.tensor([1, 1]), w_up, w_down, activation="swiglu")
+    [dx] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_takes_the_expanded_gradient_of_a_sum() -> None:
