@@ -182,19 +182,24 @@ def _check_model(saved: dict[str, Any], config: Config) -> None:
 
 
 def _check_backend(config: Config, device: torch.device) -> ResolvedBackend | None:
-    """Return what grouped experts run on, if any; what cannot run here is told before the run."""
-    moe, backend = config.model.moe, None
+    """Return what experts run on, None without a choice; what cannot run here is told now."""
+    moe, taken = config.model.moe, None
     if moe is not None:
         leaf, dtype = moe.leaf, COMPUTE_DTYPES[config.engine.precision]
         taken = resolve_backend(leaf.backend, device, dtype, leaf.expert_dtype)
-        backend = taken if moe.is_grouped else None
-    if config.engine.tune_kernels and backend != "triton":
+    is_grouped = moe is not None and moe.is_grouped
+    if config.engine.tune_kernels and not (is_grouped and taken == "triton"):
         raise ConfigError(
             "engine.tune_kernels = true is for the Triton kernels of experts, which this run does "
             "not use: set it to false, or model.moe.backend to triton",
             key="engine.tune_kernels",
         )
-    return backend
+    if moe is None or is_grouped:
+        return taken
+    # A space of neurons has torch and the kernels to choose from, other layers have torch.
+    if moe.leaf.infinite is None:
+        return None
+    return taken if taken == "triton" else "torch"
 
 
 def _introduce(
