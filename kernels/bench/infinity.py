@@ -114,8 +114,6 @@ def table(repeats: int) -> str:
     for fraction in FRACTIONS:
         n = round(fraction * LAYER.num_neurons)
         steps = {name: _step(run, layer, n) for name, run in CONTENDERS.items()}
-        for step in steps.values():
-            step()  # compiles
         times = times_ms(steps, repeats)
         for name, milliseconds in times.items():
             ratio = milliseconds / times["ours"]

@@ -1,25 +1,37 @@
 """How it is measured: medians of interleaved runs, saved bytes, errors, and capture in a graph."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
-from contenders import Contender, ours, torch_loop
+from contenders import Contender, our_layer, ours, torch_layer, torch_loop
 from problem import Problem
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 
 Step = Callable[[], object]
+SECONDS = 1.0
+"""What the timed runs of a slow contender take together."""
+FEWEST = 5
+"""Runs that are timed, however slow they are."""
+PIECE = 2**26
+"""Numbers that are compared at once."""
 
 
 def times_ms(steps: dict[str, Step], repeats: int) -> dict[str, float]:
     """Return the median milliseconds of each step; contenders take turns, with a cold L2 cache."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    runs = {name: num_runs(step, repeats) for name, step in steps.items()}
+    turns = max(runs.values())
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
         name: [] for name in steps
     }
-    for _ in range(repeats):
+    for turn in range(turns):
         for name, step in steps.items():
+            # Fewer runs than turns are spread over them: what runs in between changes the rate.
+            if (turn + 1) * runs[name] // turns == turn * runs[name] // turns:
+                continue
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -31,6 +43,16 @@ def times_ms(steps: dict[str, Step], repeats: int) -> dict[str, float]:
         name: statistics.median(start.elapsed_time(end) for start, end in pairs)
         for name, pairs in events.items()
     }
+
+
+def num_runs(step: Step, repeats: int) -> int:
+    """Return how many runs take `SECONDS`, from `FEWEST` to `repeats`; the first compiles."""
+    step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return min(repeats, max(FEWEST, int(SECONDS / (time.perf_counter() - begun))))
 
 
 def cublas_tflops(repeats: int = 20, size: int = 8192) -> float:
@@ -98,22 +120,30 @@ def saved_bytes(contender: Contender, problem: Problem) -> int:
     return sum(kept.values())
 
 
-def results(contender: Contender, problem: Problem) -> dict[str, Tensor]:
-    """Return output and gradients by name."""
-    leaves = problem.leaves()
+def results(contender: Contender, problem: Problem, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the output and the gradients of the leaves."""
+    for leaf in leaves:
+        leaf.grad = None
     y_TD = contender(problem, leaves)
     y_TD.backward(problem.dy_TD)
-    gradients = {
-        name: leaf.grad
-        for name, leaf in zip(("dx", "dgates", "dw_up", "dw_down"), leaves, strict=True)
-    }
-    return {"y": y_TD.detach(), **gradients}
+    return [y_TD.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def errors(problem: Problem) -> dict[str, float]:
     """Return how far our output and gradients are from the loop's in float32, relative by norm."""
-    got, want = results(ours, problem), results(torch_loop, problem.to(torch.float32))
-    return {name: relative_error(got[name], want[name]) for name in want}
+    got = results(ours, problem, problem.leaves())
+    exact = problem.to(torch.float32)
+    want = results(torch_loop, exact, exact.leaves())
+    names = ("y", "dx", "dgates", "dw_up", "dw_down")
+    return dict(zip(names, map(relative_error, got, want), strict=True))
+
+
+def layer_error(problem: Problem) -> float:
+    """Return the largest of those errors for a layer with its router."""
+    got = results(our_layer, problem, problem.layer_leaves())
+    exact = problem.to(torch.float32)
+    want = results(torch_layer, exact, exact.layer_leaves())
+    return max(map(relative_error, got, want))
 
 
 def output_error(contender: Contender, problem: Problem) -> float:
@@ -123,43 +153,43 @@ def output_error(contender: Contender, problem: Problem) -> float:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the norm of the difference, relative to that of `want`."""
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+    """Return the norm of the difference, relative to that of `want`; infinite if not a number."""
+    # In pieces, as the copies in float64 of all weights' gradients would not fit beside them.
+    rows = max(1, PIECE // want[0].numel())
+    pieces = [
+        torch.stack([(a.double() - b.double()).norm(), b.double().norm()])
+        for a, b in zip(got.split(rows), want.split(rows), strict=True)
+    ]
+    difference, norm = torch.stack(pieces).norm(dim=0)
+    return (difference / norm).nan_to_num(nan=torch.inf).item()
 
 
 def repeats_bit_for_bit(problem: Problem) -> bool:
-    """Say whether two runs of ours give the same bits."""
-    first, second = results(ours, problem), results(ours, problem)
-    return all(torch.equal(first[name], second[name]) for name in first)
+    """Say whether two runs of a layer of ours give the same bits."""
+    first, second = (results(our_layer, problem, problem.layer_leaves()) for _ in range(2))
+    return all(map(torch.equal, first, second))
 
 
 def replays_in_a_graph(problem: Problem, other: Problem) -> bool:
-    """Capture forward and backward in a CUDA graph, replay it on other tokens and another routing.
+    """Capture a whole layer, forward and backward, in a CUDA graph; replay it on another problem.
 
     What is captured cannot wait for the GPU, so this shows that nothing does. The results must be
-    those of a plain run, bit for bit.
+    those of a plain run on the other's tokens, routing and weights, bit for bit.
     """
-    leaves = problem.leaves()
-    step = whole_step(ours, problem, leaves)
+    leaves = problem.layer_leaves()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            step()
+            results(our_layer, problem, leaves)
     torch.cuda.current_stream().wait_stream(stream)
-    for leaf in leaves:
-        leaf.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y_TD = ours(problem, leaves)
-        y_TD.backward(problem.dy_TD)
+        got = results(our_layer, problem, leaves)
+    others = other.layer_leaves()
     with torch.no_grad():
-        problem.ids_TK.copy_(other.ids_TK)
-        problem.dy_TD.copy_(other.dy_TD)
-        for leaf, new in zip(leaves, other.leaves(), strict=True):
-            leaf.copy_(new)
+        for old, new in zip([problem.dy_TD, *leaves], [other.dy_TD, *others], strict=True):
+            old.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    want = results(ours, other)
-    got = [y_TD, *(leaf.grad for leaf in leaves)]
-    return all(torch.equal(a, b) for a, b in zip(got, want.values(), strict=True))
+    return all(map(torch.equal, got, results(our_layer, other, others)))

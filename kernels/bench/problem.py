@@ -44,19 +44,23 @@ class Problem:
 
     shape: Shape
     x_TD: Tensor
+    logits_TE: Tensor
+    """Of the router, in float32."""
     ids_TK: Tensor
-    """Experts of each token, by random logits."""
+    """Experts of each token: those of the largest logits."""
     weights_TK: Tensor
-    """float32 gates, summing to 1."""
+    """Their float32 gates, summing to 1."""
     w_up_EHD: Tensor
     """Gate rows, then up rows."""
     w_down_EDF: Tensor
     dy_TD: Tensor
 
     @classmethod
-    def make(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> "Problem":
-        """Draw a problem from a fixed seed."""
-        generator = torch.Generator(device).manual_seed(0)
+    def make(
+        cls, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> "Problem":
+        """Draw a problem from a seed."""
+        generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*size: int, std: float = 1.0) -> Tensor:
             return (torch.randn(size, generator=generator, device=device) * std).to(dtype)
@@ -68,6 +72,7 @@ class Problem:
         return cls(
             shape,
             draw(shape.num_tokens, shape.dim),
+            logits,
             ids,
             gates / gates.sum(-1, keepdim=True),
             draw(shape.num_experts, 2 * shape.ffn_dim, shape.dim, std=shape.dim**-0.5),
@@ -77,12 +82,20 @@ class Problem:
 
     def leaves(self) -> list[Tensor]:
         """Return x, gates and weights as leaves that ask for a gradient."""
-        tensors = (self.x_TD, self.weights_TK, self.w_up_EHD, self.w_down_EDF)
-        return [t.detach().clone().requires_grad_() for t in tensors]
+        return self._leaves(self.weights_TK)
+
+    def layer_leaves(self) -> list[Tensor]:
+        """Return the same with logits in place of the gates, for a layer with its router."""
+        return self._leaves(self.logits_TE)
+
+    def _leaves(self, routing: Tensor) -> list[Tensor]:
+        # Not copies: weights in float32 may be a sixth of a GPU's memory.
+        tensors = (self.x_TD, routing, self.w_up_EHD, self.w_down_EDF)
+        return [t.detach().requires_grad_() for t in tensors]
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        """Return the same numbers in a dtype; gates stay in float32."""
+        """Return the same numbers in a dtype; logits and gates stay in float32."""
         x, up, down, dy = (
             t.to(dtype) for t in (self.x_TD, self.w_up_EHD, self.w_down_EDF, self.dy_TD)
         )
-        return Problem(self.shape, x, self.ids_TK, self.weights_TK, up, down, dy)
+        return Problem(self.shape, x, self.logits_TE, self.ids_TK, self.weights_TK, up, down, dy)

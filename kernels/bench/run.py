@@ -1,15 +1,17 @@
 """The run: checks that must hold, then one table row a shape and contender."""
 
 import argparse
+import os
 import re
-import time
-from typing import NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import infinity
 import measure
 import torch
 import triton
-from contenders import CONTENDERS, PEERS, Contender
+from contenders import CONTENDERS, PEERS, TOLERANCES, runs_here
 from problem import SHAPES, TINY, Problem, Shape
 
 _CHECKED = Shape("check", 2048, 512, 512, 16, 4)
@@ -21,7 +23,10 @@ def check(device: torch.device, dtype: torch.dtype, tolerance: float) -> bool:
     problem = Problem.make(shape, device, dtype)
     good = True
     neurons = infinity.LAYER if device.type == "cuda" else infinity.TINY
-    errors = measure.errors(problem) | {"infinity": infinity.error(neurons, device, dtype)}
+    errors = measure.errors(problem) | {
+        "layer": measure.layer_error(problem),
+        "infinity": infinity.error(neurons, device, dtype),
+    }
     for name, error in errors.items():
         good &= error <= tolerance
         print(f"error of {name:8} {error:.1e}  {'ok' if error <= tolerance else 'TOO LARGE'}")
@@ -29,13 +34,21 @@ def check(device: torch.device, dtype: torch.dtype, tolerance: float) -> bool:
     print(f"twice the same bits: {same}")
     good &= same
     if device.type == "cuda":
-        other = Problem.make(shape, device, dtype)
-        order = torch.randperm(shape.num_experts, device=device)
-        other.ids_TK = order[other.ids_TK]
+        other = Problem.make(shape, device, dtype, seed=1)
         replays = measure.replays_in_a_graph(problem, other)
-        print(f"replays in a CUDA graph on another routing: {replays}")
+        print(f"a layer replays in a CUDA graph on other tokens and another routing: {replays}")
         good &= replays
     return good
+
+
+def prepare(name: str, problem: Problem) -> tuple[int, float]:
+    """Return what a contender saves, and its error; the first runs compile and tune."""
+    contender = CONTENDERS[name]
+    measure.whole_step(contender, problem, problem.leaves())()
+    saved = measure.saved_bytes(contender, problem)
+    if name == "ours":  # also the forms that tuning took, at their own sizes
+        return saved, max(measure.errors(problem).values())
+    return saved, measure.output_error(contender, problem)
 
 
 class Row(NamedTuple):
@@ -50,92 +63,124 @@ class Row(NamedTuple):
 
 
 class Bench:
-    """Goes over shapes and contenders until the time is up."""
+    """Goes over shapes and contenders; `stop` may end the process at any time."""
 
-    def __init__(self, options: argparse.Namespace, deadline: float):
-        self.options, self.deadline = options, deadline
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.names = [name for name in CONTENDERS if name in (options.only or CONTENDERS)]
         self.shapes = SHAPES
         if options.layer:
             sizes = zip("TDFEK", options.layer, strict=True)
             own = ", ".join(f"{letter} = {size}" for letter, size in sizes)
             self.shapes = (Shape(own, *options.layer),)
+        self.good = True
+        self.running = "the rate of cuBLAS"
         self.rows: dict[tuple[str, str], Row] = {}
         self.notes: list[str] = []
         self.neurons = ""
         self.kept = ""
         if options.out and options.add and options.out.exists():
             self.kept = options.out.read_text()
+        self.writing = threading.Lock()
+        self.device = torch.cuda.get_device_name()
         self.cublas = measure.cublas_tflops()
-        print(f"{torch.cuda.get_device_name()}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
+        print(f"{self.device}: cuBLAS {self.cublas:.0f} TFLOP/s", flush=True)
 
     def run(self) -> None:
-        """Measure the neurons of infinity-MoE, then all shapes beside torch, then peers too.
+        """Measure all shapes beside torch, then the neurons of infinity-MoE, then beside each peer.
 
-        Peers come last, as some tune for minutes; then all take turns anew. The page is written
-        after each shape.
+        Peers come last, one after the other, as some tune for minutes. The page is written after
+        each shape.
         """
-        parts = self.options.shapes or [""]
-        if not self.options.layer and any(part.lower() in "infinity-moe" for part in parts):
-            self.neurons = infinity.table(self.options.repeats)
-        plain = [name for name in CONTENDERS if name not in PEERS]
-        for names in (plain, [*plain, *PEERS]):
-            for shape in self.shapes:
-                if not any(part.lower() in shape.name.lower() for part in parts):
-                    continue
-                if time.monotonic() > self.deadline:
-                    which = "not measured" if names == plain else "not measured beside peers"
-                    self.note(f"{shape.name}: {which}, the time was up")
-                    continue
-                self.run_shape(shape, [n for n in names if n in (self.options.only or names)])
-                torch.cuda.empty_cache()
-                if self.options.out:
-                    self.options.out.write_text(self.document())
+        here = [name for name in self.names if runs_here(name)]
+        if len(here) < len(self.names):
+            absent = [name for name in self.names if name not in here]
+            self.note(f"not run, as the package or the GPU does not have it: {', '.join(absent)}")
+        parts = [part.lower() for part in self.options.shapes or [""]]
+        shapes = [shape for shape in self.shapes if any(p in shape.name.lower() for p in parts)]
+        plain = [name for name in here if name not in PEERS]
+        for shape in shapes:
+            self.attempt(shape.name, self.run_shape, shape, plain, must=True)
+            self.write()
+        if not self.options.layer and any(part in "infinity-moe" for part in parts):
+            table = self.attempt("infinity-MoE", infinity.table, self.options.repeats, must=True)
+            self.neurons = table or ""
+            self.write()
+        for peer in (name for name in PEERS if name in here):
+            for shape in shapes:
+                self.attempt(f"{shape.name}, {peer}", self.run_shape, shape, [peer])
+                self.write()
 
     def run_shape(self, shape: Shape, names: list[str]) -> None:
-        """Measure those that can run, in turns, unless all have been; then ours without turns."""
+        """Measure contenders in turns with those that have been before, but not the slow loop."""
+        torch.cuda.empty_cache()
         problem = Problem.make(shape, torch.device("cuda"), torch.bfloat16)
-        ready: dict[str, tuple[Contender, int, float]] = {}
+        ready: dict[str, tuple[int, float]] = {}
         for name in names:
-            contender = CONTENDERS[name]
-            try:
-                # The first runs compile and tune.
-                measure.whole_step(contender, problem, problem.leaves())()
-                saved = measure.saved_bytes(contender, problem)
-                if name == "ours":  # also the forms that tuning took, at their own sizes
-                    error = max(measure.errors(problem).values())
-                else:
-                    error = measure.output_error(contender, problem)
-                ready[name] = (contender, saved, error)
-            except Exception as error:  # a peer may fail in any way
-                self.note(f"{shape.name}, {name}: {type(error).__name__}: {error}".splitlines()[0])
-        if all((shape.name, name) in self.rows for name in ready):
+            what, must = f"{shape.name}, {name}", name in TOLERANCES
+            numbers = self.attempt(what, prepare, name, problem, must=must)
+            if numbers:
+                ready[name] = numbers
+            if numbers and must and numbers[1] > TOLERANCES[name]:
+                self.good = False
+                self.note(f"{what}: the error {numbers[1]:.1e} is too large")
+        if not ready:  # no peer works at this shape: nothing is done anew
             return
-        leaves = problem.leaves()
-        kinds = (measure.forward_step, measure.whole_step)
-        forward, both = (
-            measure.times_ms(
-                {name: kind(entry[0], problem, leaves) for name, entry in ready.items()},
-                self.options.repeats,
-            )
-            for kind in kinds
-        )
-        for name, (_, saved, error) in ready.items():
+        for (at, name), row in self.rows.items():
+            if at == shape.name and name != "torch loop":
+                ready[name] = (row.saved, row.error)
+        self.running = f"{shape.name}, turns of {', '.join(ready)}"
+        forward, both = self.times(problem, list(ready))
+        for name, (saved, error) in ready.items():
             row = Row(shape, name, forward[name], both[name], saved, error)
             self.rows[shape.name, name] = row
             print(self.line(row), flush=True)
-        if "ours" in ready and len(ready) > 1:
-            alone, all_alone = (
-                measure.times_ms({"ours": kind(CONTENDERS["ours"], problem, leaves)}, 50)["ours"]
-                for kind in kinds
-            )
+        if "ours" in names and "ours" in ready and len(ready) > 1:
+            alone, all_alone = (times["ours"] for times in self.times(problem, ["ours"]))
             self.note(
                 f"{shape.name}, ours without turns: {alone:.2f} ms forward, {all_alone:.2f} both"
             )
+
+    def times(self, problem: Problem, names: list[str]) -> list[dict[str, float]]:
+        """Return the milliseconds of each contender forward, then forward and backward."""
+        leaves = problem.leaves()
+        return [
+            measure.times_ms(
+                {name: kind(CONTENDERS[name], problem, leaves) for name in names},
+                self.options.repeats,
+            )
+            for kind in (measure.forward_step, measure.whole_step)
+        ]
+
+    def attempt(
+        self, what: str, call: Callable[..., Any], *arguments: Any, must: bool = False
+    ) -> Any:
+        """Call, and note what it raises; the command fails if it must not raise."""
+        self.running = what
+        try:
+            return call(*arguments)
+        except Exception as error:  # a peer may fail in any way
+            self.note(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
+            self.good &= not must
 
     def note(self, text: str) -> None:
         """Keep and print what the table has no number for."""
         self.notes.append(text)
         print(text, flush=True)
+
+    def write(self) -> None:
+        """Write the page as it stands."""
+        with self.writing:
+            if self.options.out:
+                self.options.out.write_text(self.document())
+
+    def stop(self) -> None:
+        """Write the page and end the process, whatever runs; called by a timer's thread."""
+        try:
+            self.note(f"{self.running}: the time was up here, what comes after was not measured")
+            self.write()
+        finally:
+            os._exit(int(not self.good))
 
     def line(self, row: Row) -> str:
         """Return a row of the table."""
@@ -151,25 +196,28 @@ class Bench:
         """Return the page, with the rows and sections of the page before that are not made anew."""
         head = (
             f"# Kernels on a GPU\n\n<!-- Written by `python kernels/bench`: do not edit. -->\n\n"
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton "
-            f"{triton.__version__}. bfloat16, random numbers and routing, the same for all;\n"
-            f"contenders take turns, the L2 cache is cold, medians of {self.options.repeats}. "
-            f"Sorting the slots is counted, the router is\nnot. A bfloat16 product of 8192^3 by "
-            f"cuBLAS in the same run: {self.cublas:.0f} TFLOP/s. The error\nof ours is the largest "
-            f"of output and gradients, against a float32 loop; that of others is of the\noutput, "
-            f"against ours.\n\n"
+            f"{self.device}, torch {torch.__version__}, Triton {triton.__version__}. bfloat16, "
+            f"random numbers and routing, the same for all;\ncontenders take turns, the L2 cache "
+            f"is cold, medians of {self.options.repeats} runs, or of as many as take "
+            f"{measure.SECONDS:g} s, but not below {measure.FEWEST}.\nThe loop took its turns "
+            f"before peers came. Sorting the slots is counted, the router is not. A bfloat16 "
+            f"product\nof 8192^3 by cuBLAS in the same run: {self.cublas:.0f} TFLOP/s. The error "
+            f"of ours is the largest of output and gradients,\nagainst a float32 loop; that of "
+            f"others is of the output, against ours.\n\n"
             "| shape | contender | forward ms | TFLOP/s | forward and backward ms | TFLOP/s "
             "| of cuBLAS | saved MB | error |\n"
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         )
-        rows = [self.line(row) for row in self.rows.values()]
+        # Copied, as the timer's thread may come here while rows are added.
+        rows = [self.line(row) for row in list(self.rows.values())]
         table = self.kept.split("\n## ")[0]
         for line in re.findall(r"^\| (?!shape |---).*$", table, re.MULTILINE):
             if tuple(line.strip("| ").split(" | ")[:2]) not in self.rows:
                 rows.append(line)
         order = {shape.name: place for place, shape in enumerate(SHAPES)}
         rows.sort(key=lambda line: order.get(line.strip("| ").split(" | ")[0], len(order)))
-        about = {note.split(":")[0] for note in self.notes}
+        about = {", ".join(key) for key in list(self.rows)}
+        about |= {note.split(":")[0] for note in self.notes}
         notes = self.notes + [
             note
             for note in re.findall(r"^- (.*)$", self.kept, re.MULTILINE)
