@@ -86,7 +86,7 @@ class MoEConfig(ConfigModel):
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
     after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too,
     "megablocks" the grouped GEMM of the package of that name. "auto" takes the fastest known: in
-    bfloat16 and float16 "triton" on an H100 or H200, if it is installed, and "loop" on a CPU; else
+    bfloat16 and float16 "triton" on an H100 or H200 with Triton 3.6, and "loop" on a CPU; else
     "torch"."""
 
     @model_validator(mode="after")

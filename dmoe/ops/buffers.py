@@ -97,12 +97,8 @@ def _fill(x_TD: Tensor, places: Places, by_triton: bool) -> Tensor:
 
 
 def _sum(y_PD: Tensor, places: Places, by_triton: bool) -> Tensor:
-    if by_triton:
-        from dmoe_kernels.combine import gather_sum
-
-        return gather_sum(y_PD.contiguous(), places.by_token_R, places.offsets_T1)
     rows = RowMap(places.token_P, places.by_token_R, places.offsets_T1)
-    return sum_rows(y_PD.contiguous(), rows)
+    return sum_rows(y_PD.contiguous(), rows, by_triton=by_triton)
 
 
 class _ToBuffers(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class RowMap(NamedTuple):
@@ -43,14 +44,20 @@ def offsets_of(counts_N: Tensor) -> Tensor:
     return F.pad(counts_N.cumsum(0), (1, 0))
 
 
-def gather(x_ND: Tensor, rows: RowMap) -> Tensor:
-    """Return x_RD with x_RD[r] = x_ND[index_R[r]]."""
-    return _Gather.apply(x_ND, rows)
+def gather(x_ND: Tensor, rows: RowMap, *, by_triton: bool = False) -> Tensor:
+    """Return x_RD with x_RD[r] = x_ND[index_R[r]]; `by_triton` as in `sum_rows`, its gradient."""
+    return _Gather.apply(x_ND, rows, by_triton)
 
 
-def gather_sum(y_RD: Tensor, rows: RowMap) -> Tensor:
-    """Return y_ND, the sum of each source's rows; zero for a source without rows."""
-    return _GatherSum.apply(y_RD, rows)
+def gather_sum(y_RD: Tensor, rows: RowMap, *, by_triton: bool = False) -> Tensor:
+    """Return y_ND, the sum of each source's rows; zero for a source without rows.
+
+    Args:
+        y_RD: rows.
+        rows: from rows to sources.
+        by_triton: use the kernel, which sums in float32.
+    """
+    return _GatherSum.apply(y_RD, rows, by_triton)
 
 
 def gather_loop(x_ND: Tensor, rows: RowMap) -> Tensor:
@@ -72,8 +79,13 @@ def take_rows(x_ND: Tensor, rows: RowMap) -> Tensor:
     return x_ND.index_select(0, rows.index_R)
 
 
-def sum_rows(y_RD: Tensor, rows: RowMap) -> Tensor:
+def sum_rows(y_RD: Tensor, rows: RowMap, *, by_triton: bool = False) -> Tensor:
     """Do `gather_sum` without autograd."""
+    if by_triton:
+        from dmoe_kernels.combine import gather_sum
+
+        rows = rows.contiguous()
+        return gather_sum(y_RD.contiguous(), rows.by_source_R, rows.offsets_N1)
     # An embedding bag is this sum: it reads each row once and writes no intermediate (N, K, D).
     return F.embedding_bag(
         rows.by_source_R, y_RD, rows.offsets_N1, mode="sum", include_last_offset=True
@@ -82,21 +94,23 @@ def sum_rows(y_RD: Tensor, rows: RowMap) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows = rows
+    def forward(ctx: Any, x_ND: Tensor, rows: RowMap, by_triton: bool) -> Tensor:
+        ctx.rows, ctx.by_triton = rows, by_triton
         return take_rows(x_ND, rows)
 
     @staticmethod
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(dy_RD.contiguous(), ctx.rows), None
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+        return sum_rows(dy_RD.contiguous(), ctx.rows, by_triton=ctx.by_triton), None, None
 
 
 class _GatherSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, rows: RowMap) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, rows: RowMap, by_triton: bool) -> Tensor:
         ctx.rows = rows
-        return sum_rows(y_RD, rows)
+        return sum_rows(y_RD, rows, by_triton=by_triton)
 
     @staticmethod
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None]:
-        return take_rows(dy_ND.contiguous(), ctx.rows), None
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
+        return take_rows(dy_ND.contiguous(), ctx.rows), None, None

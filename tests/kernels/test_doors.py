@@ -5,7 +5,7 @@ import torch
 from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
 from test_experts import expected, make
 
-from dmoe.ops import RowMap, expert_ffn
+from dmoe.ops import RowMap, expert_ffn, gather, gather_sum
 from dmoe.ops.routing import select_experts, select_experts_torch
 from dmoe.ops.triton_masks import masked_activation_by_triton
 from dmoe.ops.wire import dequantize_rows, quantize_rows
@@ -71,6 +71,26 @@ def test_rows_that_are_sent() -> None:
     assert torch.equal(wire, quantize_rows(x, rows))
     got = dequantize_rows(strided(wire), 200, torch.float32, by_triton=True)
     assert torch.equal(got, dequantize_rows(wire, 200, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_summed(dtype: torch.dtype) -> None:
+    """For a dispatcher: what it sends and what comes back, and the gradients of both."""
+    torch.manual_seed(0)
+    rows = RowMap.from_index(torch.tensor([3, 0, 3, 3, 1, 3, 3, 3, 3, 3, 3, 3]), 5)
+    x, dy = torch.randn(5, 200), torch.randn(12, 200)
+    for op, value, gradient in ((gather, x, dy), (gather_sum, dy, x)):
+        results = []
+        for by_triton in (False, True):
+            mapped = RowMap(*(part.to(DEVICE) for part in rows))
+            wide = torch.float64 if not by_triton else dtype
+            leaf = value.to(dtype).to(DEVICE, wide).requires_grad_()
+            out = op(leaf, strided_map(mapped) if by_triton else mapped, by_triton=by_triton)
+            out.backward(strided(gradient.to(dtype).to(DEVICE, wide)))
+            results.append((out, leaf.grad))
+        for got, want in zip(*reversed(results), strict=True):
+            assert got.dtype == dtype
+            assert_close(got, want, 4e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_masks_of_neurons() -> None:

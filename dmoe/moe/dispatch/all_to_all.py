@@ -63,7 +63,7 @@ class AllToAllDispatcher:
         if self.dtype == "fp8" and not exact:
             x_ND = send_quantized(x_TD, sent, *route, by_triton=by_triton)
         else:
-            x_ND = all_to_all_rows(gather(x_TD, sent), *route)
+            x_ND = all_to_all_rows(gather(x_TD, sent, by_triton=by_triton), *route)
         weights_N = all_to_all_rows(weights_R, *route)
 
         received = self._sort_received(received_Pe)
@@ -74,7 +74,8 @@ class AllToAllDispatcher:
     def combine(self, y_ND: Tensor, handle: AllToAllHandle) -> Tensor:
         """Return y_TD, the sum of each token's rows; zero for a token without any."""
         y_SD = all_to_all_rows(y_ND, handle.receive_counts, handle.send_counts, self.group)
-        return gather_sum(y_SD, handle.sent)
+        by_triton = uses_kernels(self.backend, y_ND.device, y_ND.dtype)
+        return gather_sum(y_SD, handle.sent, by_triton=by_triton)
 
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
         """Return (ranks, e): the rows that come from each rank for each local expert."""

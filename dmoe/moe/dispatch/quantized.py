@@ -47,7 +47,8 @@ class _SendQuantized(Function):
         group: dist.ProcessGroup,
         by_triton: bool,
     ) -> Tensor:
-        ctx.sent, ctx.route = sent, (receive_counts, send_counts, group)
+        ctx.sent, ctx.by_triton = sent, by_triton
+        ctx.route = (receive_counts, send_counts, group)
         wire = quantize_rows(x_TD, sent, by_triton=by_triton)
         received = all_to_all_rows(wire, send_counts, receive_counts, group)
         return dequantize_rows(received, x_TD.shape[1], x_TD.dtype, by_triton=by_triton)
@@ -55,7 +56,8 @@ class _SendQuantized(Function):
     @staticmethod
     def backward(ctx: Any, dx_ND: Tensor) -> tuple[Tensor | None, ...]:
         dx_RD = all_to_all_rows(dx_ND, *ctx.route)
-        return sum_rows(dx_RD, ctx.sent), None, None, None, None, None
+        dx_TD = sum_rows(dx_RD, ctx.sent, by_triton=ctx.by_triton)
+        return dx_TD, None, None, None, None, None
 
 
 class _RoundRows(Function):
