@@ -18,7 +18,6 @@ ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
 # Dtypes that grouped GEMMs take; float64, which proofs use, is a loop on every backend.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 # The only release with which the kernels ran on a GPU.
 _TIMED_TRITON = (3, 6)
 

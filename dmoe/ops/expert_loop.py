@@ -32,9 +32,13 @@ def grouped_outer_by_expert(a_RM: Tensor, b_RN: Tensor, counts_E: Tensor) -> Ten
     for place, count, out_MN in zip(
         _places(counts_E, a_RM.dtype), counts_E.tolist(), out_EMN, strict=True
     ):
-        # What follows an expert's rows meets zeros.
-        own = _filled(a_RM[place.start : place.start + count], len(place))
-        torch.mm(own.t(), _rows(b_RN, place), out=out_MN)
+        # What follows an expert's rows on one side meets zeros on the narrower one.
+        own = slice(place.start, place.start + count)
+        if a_RM.shape[1] < b_RN.shape[1]:
+            a, b = _filled(a_RM[own], len(place)), _rows(b_RN, place)
+        else:
+            a, b = _rows(a_RM, place), _filled(b_RN[own], len(place))
+        torch.mm(a.t(), b, out=out_MN)
     return out_EMN
 
 
