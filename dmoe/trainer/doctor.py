@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from dmoe.ops import resolve_backend
 from dmoe.testing import run_distributed
 
 Status = Literal["ok", "warn", "fail"]
@@ -58,6 +59,7 @@ def doctor(disk_path: Path) -> list[Check]:
         "triton": lambda: _package("triton"),
         "deepspeed": lambda: _package("deepspeed"),
         "devices": _devices,
+        "experts": _experts,
         "communication": _communication,
         "disk speed": lambda: _disk_speed(disk_path),
         "disk space": lambda: _disk_space(disk_path),
@@ -115,6 +117,17 @@ def _devices() -> Check:
         properties = torch.cuda.get_device_properties(index)
         found.append(f"{properties.name}, {_giga(properties.total_memory)}")
     return Check("devices", "ok", "; ".join(found))
+
+
+def _experts() -> Check:
+    """Report what experts run on in bfloat16, and where it could be the kernels and is not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    taken = resolve_backend("auto", device, torch.bfloat16)
+    detail = f"model.moe.backend: auto takes {taken} in bfloat16"
+    if device.type == "cuda" and taken != "triton":
+        remedy = "Triton 3.6 on an H100 or H200 takes the kernels, elsewhere backend: triton does"
+        return Check("experts", "warn", f"{detail}; {remedy}")
+    return Check("experts", "ok", detail)
 
 
 def _communication() -> Check:

@@ -21,6 +21,7 @@ NAMES = [
     "triton",
     "deepspeed",
     "devices",
+    "experts",
     "communication",
     "disk speed",
     "disk space",
@@ -46,6 +47,17 @@ def test_this_machine_talks_to_itself() -> None:
     check = subject._communication()
     assert check.status == "ok", check.detail
     assert "16 MB" in check.detail
+
+
+@pytest.mark.parametrize(("taken", "status"), [("triton", "ok"), ("torch", "warn")])
+def test_says_what_experts_run_on_and_how_to_have_the_kernels(monkeypatch, taken, status) -> None:
+    assert subject._experts().detail == "model.moe.backend: auto takes loop in bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subject, "resolve_backend", lambda *_: taken)
+    check = subject._experts()
+    assert check.status == status
+    assert check.detail.startswith(f"model.moe.backend: auto takes {taken} in bfloat16")
+    assert ("Triton 3.6" in check.detail) == (status == "warn")
 
 
 @pytest.mark.usefixtures("without_processes")
