@@ -115,7 +115,9 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
         for name, form, kernel, pointers, constants in _products(numbers):
             if "EVEN_K" not in constants and not numbers.even_k:
                 continue
-            fitting = candidates(name, numbers.itemsize, shared_memory, wgmma=wgmma)
+            fitting = candidates(
+                name, numbers.itemsize, shared_memory, wgmma=wgmma, even_k=numbers.even_k
+            )
             for config in fitting[:1] if first_only or numbers.first_only else fitting:
                 if not config.gluon:
                     yield _product(name, form, kernel, pointers, constants, config, numbers)

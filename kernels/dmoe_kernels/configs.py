@@ -147,6 +147,7 @@ def candidates(
     wgmma: bool,
     tma: bool = True,
     gluon: bool = True,
+    even_k: bool = True,
 ) -> list[Config]:
     """Return the configs of a kernel that fit.
 
@@ -159,12 +160,13 @@ def candidates(
             spills.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
+        even_k: whether blocks divide the summed dim: masks take registers, too.
     """
     fitting = [
         config
         for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE)
         if bytes_needed(config, itemsize) <= shared_memory
-        and (wgmma or _held(kernel, config) <= 2048 * config.warps)
+        and ((wgmma and even_k) or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))
         and (not config.gluon or (wgmma and gluon))
     ]
@@ -200,6 +202,7 @@ def choose(
     *,
     tma: bool = False,
     gluon: bool = False,
+    even_k: bool = True,
 ) -> Config:
     """Return the config for a kernel on a device; a process keeps to what it chose first.
 
@@ -213,13 +216,14 @@ def choose(
         run: the product in a config, to be measured.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
+        even_k: whether blocks divide the summed dim.
     """
     if INTERPRET.value:
         return _INTERPRETED
     words = [kernel, form, str(dtype).removeprefix("torch."), *map(str, shape)]
     key = " ".join(words + ["tma"] * tma + ["gluon"] * gluon)
     chosen = _chosen(device)
-    fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
+    fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon, even_k=even_k)
     # A table may be older than the candidates.
     if chosen.get(key) not in fitting:
         if _report is None or torch.cuda.is_current_stream_capturing():
@@ -265,16 +269,21 @@ def table_path(device: torch.device) -> Path:
     return Path(triton.knobs.cache.dir) / f"dmoe_{name}_triton_{triton.__version__}.json"
 
 
+def is_even(size_k: int) -> bool:
+    """Say whether the blocks of all configs divide a summed dim."""
+    return size_k % 64 == 0
+
+
 def rows_bucket(num_rows: int, num_experts: int) -> int:
     """Return the rows an expert, rounded up to a power of 2, by which shapes are told apart."""
     return triton.next_power_of_2(max(1, triton.cdiv(num_rows, num_experts)))
 
 
 def _candidates_of(
-    kernel: str, dtype: torch.dtype, device: torch.device, *, tma: bool, gluon: bool
+    kernel: str, dtype: torch.dtype, device: torch.device, **suited: bool
 ) -> list[Config]:
     shared_memory, wgmma = _limits(device)
-    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, tma=tma, gluon=gluon)
+    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, **suited)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels.common import num_programs, precision_of, rounded, ungated
-from dmoe_kernels.configs import ROWS_READ_PAST, Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.configs import ROWS_READ_PAST, Config, choose, is_even, rows_bucket, scaled_k
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 
@@ -39,7 +39,9 @@ def dz(
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
         inputs = (dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation)
         run = functools.partial(dz, *inputs, tiles=tiles)
-        config = choose("dz", activation, dy_ND.dtype, shape, dy_ND.device, run)
+        config = choose(
+            "dz", activation, dy_ND.dtype, shape, dy_ND.device, run, even_k=is_even(dim)
+        )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     dz_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, ffn_dim)

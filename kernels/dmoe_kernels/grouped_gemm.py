@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmoe_kernels import gluon_outer, gluon_up
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
-from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.configs import Config, choose, is_even, rows_bucket, scaled_k
 from dmoe_kernels.gluon_outer import suits_gluon_outer
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import product, tile_at
@@ -55,7 +55,17 @@ def grouped_gemm(
 
         tma, gluon = suits_tma(a_RK, w), suits_gluon(a_RK, w, transposed=transposed)
         form = "transposed" if transposed else "plain"
-        config = choose("gemm", form, a_RK.dtype, shape, a_RK.device, run, tma=tma, gluon=gluon)
+        config = choose(
+            "gemm",
+            form,
+            a_RK.dtype,
+            shape,
+            a_RK.device,
+            run,
+            tma=tma,
+            gluon=gluon,
+            even_k=is_even(size_k),
+        )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = a_RK.new_empty(num_rows, size_n)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmoe_kernels import gluon_up
 from dmoe_kernels.common import num_programs, precision_of, rounded, swiglu, ungated
-from dmoe_kernels.configs import Config, choose, rows_bucket, scaled_k
+from dmoe_kernels.configs import Config, choose, is_even, rows_bucket, scaled_k
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
@@ -38,7 +38,17 @@ def up(
         tma = suits_tma(w_up_EHD)
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
-        config = choose("up", activation, x_ND.dtype, shape, x_ND.device, run, tma=tma, gluon=gluon)
+        config = choose(
+            "up",
+            activation,
+            x_ND.dtype,
+            shape,
+            x_ND.device,
+            run,
+            tma=tma,
+            gluon=gluon,
+            even_k=is_even(dim),
+        )
     if config.gluon:
         assert activation == "swiglu"
         return gluon_up.up(x_ND, index_R, weights_R, counts_E, w_up_EHD, config, tiles)

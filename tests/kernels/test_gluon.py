@@ -39,7 +39,7 @@ def test_equals_triton(monkeypatch, counts: list[int], dtype: torch.dtype) -> No
     )
 
     def result(in_gluon: bool) -> list[torch.Tensor]:
-        def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False):
+        def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False, even_k=True):
             fitting = configs._candidates_of(kernel, dtype, device, tma=tma, gluon=gluon)
             return next(c for c in fitting if c.gluon == (in_gluon and gluon))
 

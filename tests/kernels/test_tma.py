@@ -24,7 +24,7 @@ def test_equals_the_products_by_address(monkeypatch, activation: str, counts: li
     inputs = make(counts, torch.float16, activation, 24, 40)
 
     def result(by_tma: bool) -> list[torch.Tensor]:
-        def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False):
+        def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False, even_k=True):
             if configs.INTERPRET.value:
                 fitting = [configs._INTERPRETED._replace(tma=value) for value in (False, True)]
             else:
