@@ -23,7 +23,9 @@ configs = pytest.importorskip("dmoe_kernels.configs")
 dz = pytest.importorskip("dmoe_kernels.dz")
 fp8 = pytest.importorskip("dmoe_kernels.fp8")
 fp8_gemm = pytest.importorskip("dmoe_kernels.fp8_gemm")
+fp8_up = pytest.importorskip("dmoe_kernels.fp8_up")
 gemm = pytest.importorskip("dmoe_kernels.grouped_gemm")
+mean_mask = pytest.importorskip("dmoe_kernels.mean_mask")
 tiles = pytest.importorskip("dmoe_kernels.tiles")
 up = pytest.importorskip("dmoe_kernels.up")
 routing = pytest.importorskip("dmoe_kernels.routing")
@@ -59,18 +61,13 @@ def sparse(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def run_only(monkeypatch: pytest.MonkeyPatch, program: int) -> None:
+def run_only(monkeypatch: pytest.MonkeyPatch, program: int, axis: int = 0) -> None:
     """Let the one program that is started be the last of as many as come before it."""
     builder = interpreter.interpreter_builder
-
-    def set_index(*_) -> None:
-        builder.grid_idx = (program, 0, 0)
-
-    def set_grid(*_) -> None:
-        builder.grid_dim = (program + 1, 1, 1)
-
-    monkeypatch.setattr(builder, "set_grid_idx", set_index)
-    monkeypatch.setattr(builder, "set_grid_dim", set_grid)
+    index, grid = [0, 0, 0], [1, 1, 1]
+    index[axis], grid[axis] = program, program + 1
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", index))
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: setattr(builder, "grid_dim", grid))
 
 
 def far_rows(width: int, seed: int = 0) -> torch.Tensor:
@@ -189,16 +186,22 @@ def test_outer_reads_far_rows_and_sources(gather_a: bool) -> None:
         assert_close(out[0], a.T @ b, TOLERANCE)
 
 
-def test_outer_writes_a_far_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_only(monkeypatch, FAR)
+@pytest.mark.parametrize(("experts", "size_m"), [(FAR + 1, 64), (1, FAR + 64)])
+def test_outer_writes_far_matrices_and_rows_of_them(
+    monkeypatch: pytest.MonkeyPatch, experts: int, size_m: int
+) -> None:
+    size_n = 64 if experts > 1 else WIDTH
+    run_only(monkeypatch, experts * size_m * size_n // 64**2 - 1)
     monkeypatch.setattr(gemm, "num_programs", lambda *_: 1)
-    rows, sources, index = torch.randn(USED, 64), torch.randn(2, 64), torch.tensor([1, 0, 1, 1, 0])
-    offsets = sparse(FAR + 3, dtype=torch.int32)
-    offsets[FAR + 1] = USED
+    rows, sources = (torch.randn(USED, size).to(DTYPE) for size in (size_m, size_n))
+    index = torch.tensor([1, 0, 1, 4, 0])
+    offsets = sparse(experts + 2, dtype=torch.int32)
+    offsets[-2] = USED
     config = CONFIG._replace(block_m=64, block_n=64, block_k=16)
     options = {"gather_a": False, "dtype": DTYPE, "config": config}
-    out = gemm.grouped_outer(rows.to(DTYPE), sources.to(DTYPE), index, offsets, **options)
-    assert_close(out[FAR], rows.T @ sources[index], TOLERANCE)
+    out = gemm.grouped_outer(rows, sources, index, offsets, **options)
+    want = rows.double()[:, -64:].T @ sources.double()[index][:, -64:]
+    assert_close(out[-1, -64:, -64:], want, TOLERANCE)
 
 
 def test_sum_and_fill_read_and_write_far_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,14 +291,85 @@ def test_fp8_reads_and_writes_far_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(got.flatten(), want.float())
 
 
-def test_products_in_eight_bits_read_and_write_far_rows() -> None:
-    size_k, rows = 4096, far_rows(WIDTH)
-    numbers = sparse(*rows.shape, dtype=torch.float8_e4m3fn)
-    scales = sparse(len(rows), size_k // 128, dtype=torch.float32)
-    near, w = fp8.quantize_rows(rows[FAR:]), fp8.quantize_weights(matrix(128, size_k))
-    numbers[FAR:], scales[FAR:] = near
-    a = fp8.Quantized(numbers, scales)
+def test_a_far_matrix_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert = FAR * WIDTH // 128**2
+    run_only(monkeypatch, expert)
+    w = sparse(expert + 1, 128, 128)
+    w[-1] = matrix(128, 128)
+    numbers = sparse(*w.shape, dtype=torch.float8_e4m3fn)
+    scales = sparse(expert + 1, dtype=torch.float32)
+    fp8.quantize_weights_kernel[(1,)](w, numbers, scales, 128, 128, TRANSPOSED=False)
+    assert torch.equal(numbers[-1].float() * scales[-1], fp8_ops.round_weights(w[-1:])[0].float())
+
+
+def far_in_eight_bits(near: fp8.Quantized) -> fp8.Quantized:
+    """Return rows of which those from FAR on are these."""
+    far = (sparse(FAR + USED, part.shape[1], dtype=part.dtype) for part in near)
+    rows = fp8.Quantized(*far)
+    rows.numbers[FAR:], rows.scales[FAR:] = near
+    return rows
+
+
+def test_gemm_in_eight_bits_reads_and_writes_far_rows() -> None:
+    for size_k, size_n in ((WIDTH, 128), (128, WIDTH)):
+        near = fp8.quantize_rows(torch.randn(USED, size_k).to(DTYPE))
+        w = fp8.quantize_weights(matrix(size_n, size_k))
+        options = {"dtype": DTYPE, "config": CONFIG._replace(block_n=128)}
+        far = far_in_eight_bits(near)
+        got = fp8_gemm.grouped_gemm(far, w, COUNTS, **options, tiles=one_tile())
+        want = fp8_gemm.grouped_gemm(near, w, COUNTS, **options)
+        assert torch.equal(got[FAR:], want)
+
+
+def test_up_in_eight_bits_reads_and_writes_far_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG._replace(block_n=128)
-    got = fp8_gemm.grouped_gemm(a, w, COUNTS, dtype=DTYPE, config=config, tiles=one_tile())
-    want = fp8_gemm.grouped_gemm(near, w, COUNTS, dtype=DTYPE, config=config)
-    assert torch.equal(got[FAR:], want)
+    for dim, ffn_dim in ((WIDTH, 128), (128, WIDTH)):
+        x, w, gates = torch.randn(USED, dim).to(DTYPE), matrix(ffn_dim, dim), torch.rand(USED)
+        index = torch.tensor([3, 1, 0, 1, 2])
+        want_z, want_a = fp8_up.up(x, index, gates, COUNTS, w, "gelu", config)
+        far_index = sparse(FAR + USED, dtype=INT64)
+        far_index[FAR:] = FAR + index
+        far_gates = sparse(FAR + USED, dtype=torch.float32)
+        far_gates[FAR:] = gates
+        far = far_in_eight_bits(fp8.quantize_rows(x))
+        with monkeypatch.context() as patch:
+            # It would read all rows.
+            patch.setattr(fp8_up, "quantize_rows", lambda _, far=far: far)
+            inputs = (far_index, far_gates, COUNTS, w, "gelu", config, one_tile())
+            z, a = fp8_up.up(x, *inputs)
+        assert torch.equal(z[FAR:], want_z)
+        for got, want in zip(a, want_a, strict=True):
+            assert torch.equal(got[FAR:].float(), want.float())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_masks_of_far_tokens(monkeypatch: pytest.MonkeyPatch, activation: str) -> None:
+    """Against the same tokens as the first ones, in the first block of neurons."""
+    tile = mean_mask.TILE
+    assert FAR % tile["BLOCK_T"] == 0
+    hidden_dim = 2 * WIDTH if activation == "swiglu" else WIDTH
+    near = [
+        torch.randn(USED, hidden_dim).to(DTYPE),
+        torch.randint(256, (USED, 1, WIDTH // 8), dtype=torch.uint8),
+        torch.randn(USED, 1, WIDTH),
+        torch.randn(USED, WIDTH).to(DTYPE),
+    ]
+    w, how = torch.randn(tile["BLOCK_F"], WIDTH), {"HARD": False, "PRECISION": "ieee", **tile}
+
+    def run(hidden, bits, z, da) -> list[torch.Tensor]:
+        sizes = (len(hidden), WIDTH, 1, WIDTH, 0.5)
+        a, dhidden = sparse(*da.shape), sparse(*hidden.shape)
+        dscores = sparse(*da.shape, dtype=torch.float32)
+        first, tensors = (hidden, bits, z, w), (da, dhidden, dscores)
+        mean_mask.forward_kernel[(1,)](*first, a, *sizes, ACTIVATION=activation, **how)
+        mean_mask.backward_kernel[(1,)](*first, *tensors, *sizes, ACTIVATION=activation, **how)
+        return [t[-USED:, : tile["BLOCK_F"]] for t in (a, dhidden, dscores)]
+
+    want = run(*near)
+    run_only(monkeypatch, FAR // tile["BLOCK_T"], axis=1)
+    far = [sparse(FAR + USED, *t.shape[1:], dtype=t.dtype) for t in near]
+    for tensor, values in zip(far, near, strict=True):
+        tensor[FAR:] = values
+    for got, expected in zip(run(*far), want, strict=True):
+        assert expected.any()
+        assert torch.equal(got, expected)
