@@ -114,7 +114,7 @@ def logits_of(load: str, tokens: int, experts: int) -> torch.Tensor:
 
 
 def is_quick(cell: Cell) -> bool:
-    return cell.experts < 64 and cell.tokens * cell.k < 128
+    return cell.experts < 64 and cell.tokens * cell.k < 130
 
 
 def name_of(cell: Cell) -> str:

@@ -132,6 +132,26 @@ def test_up_and_dz_write_far_rows(activation: str) -> None:
         assert_close(far[FAR:], want, TOLERANCE)
 
 
+def test_dz_writes_far_parts_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the last of many tiles of columns, which are narrow here."""
+    block_n, num_rows = 2, FAR + USED
+    ffn_dim = block_n * (WIDTH + 1)
+    run_only(monkeypatch, WIDTH)
+    dy, w = torch.randn(1, NARROW).to(DTYPE), matrix(NARROW, ffn_dim)
+    z, dz_, a = (sparse(num_rows, ffn_dim) for _ in range(3))
+    z[FAR:] = torch.rand(USED, ffn_dim)
+    gates = sparse(num_rows, dtype=torch.float32)
+    parts = sparse(WIDTH + 1, num_rows, dtype=torch.float32)
+    index, table = sparse(num_rows, dtype=INT64), one_tile()
+    tensors = (dy, w, gates, z, dz_, a, parts, index, table.table_3M, table.offsets)
+    form = {"ACTIVATION": "relu", "EVEN_K": True, "PRECISION": "ieee", "GROUP_M": 1}
+    blocks = {"BLOCK_M": CONFIG.block_m, "BLOCK_N": block_n, "BLOCK_K": NARROW}
+    dz.dz_kernel[(1,)](*tensors, 1, 1, num_rows, ffn_dim, NARROW, **form, **blocks)
+    last = slice(-block_n, None)
+    want = (dy.double() @ w[0].double()[:, last] * z[FAR:, last].double()).sum(1)
+    assert_close(parts[-1, FAR:], want, TOLERANCE)
+
+
 def test_dz_reads_far_sources() -> None:
     dy, w = far_rows(WIDTH), matrix(WIDTH, NARROW)
     index = torch.tensor([FAR + 3, FAR])
