@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from on_device import DEVICE, assert_close, twice  # first: it skips this file
 
 from dmoe.ops import from_buffers, places_of, to_buffers
 
@@ -24,8 +24,8 @@ def test_equals_torch(
     ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape, generator=generator) < 0.3, -1)
     x = torch.randn(tokens, dim, generator=generator).to(dtype)
     y = torch.randn(experts * num_places, dim, generator=generator).to(dtype)
-    results = []
-    for by_triton in (True, False):
+
+    def compute(by_triton: bool) -> list[torch.Tensor]:
         device = DEVICE if by_triton else torch.device("cpu")
         places = places_of(ids_TK.to(device), experts, num_places, by_triton=by_triton)
         leaves = [t.to(device).requires_grad_() for t in (x.clone(), y.clone())]
@@ -34,11 +34,13 @@ def test_equals_torch(
         gradients = torch.autograd.grad(
             [filled, summed], leaves, [y.to(device), x.to(device)], allow_unused=True
         )
-        results.append([places.token_P, places.slot_P, filled, summed, *gradients])
-    for got, want in zip(*results, strict=True):
+        return [places.token_P, places.slot_P, filled, summed, *gradients]
+
+    actual, expected = twice(lambda: compute(by_triton=True)), compute(by_triton=False)
+    for got, want in zip(actual, expected, strict=True):
         if got.dtype == torch.int64:
             assert torch.equal(got.cpu(), want)
         else:
             assert_close(got, want, TOLERANCE[dtype])
-    assert torch.equal(results[0][2].cpu(), results[1][2])
-    assert torch.equal(results[0][5].cpu(), results[1][5])
+    assert torch.equal(actual[2].cpu(), expected[2])
+    assert torch.equal(actual[5].cpu(), expected[5])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from on_device import DEVICE, assert_close, load_by, poisoned, twice  # first: it skips this file
 
 from dmoe.ops import RowMap, expert_ffn, expert_ffn_loop
 
@@ -84,25 +84,39 @@ def test_weights_may_be_wider_than_rows() -> None:
 
 def test_twice_gives_the_same_bits() -> None:
     inputs = make(COUNTS[0], torch.float16, "swiglu", 24, 40)
-    first, second = (run(expert_ffn, *inputs, "swiglu", backend="triton") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    twice(lambda: run(expert_ffn, *inputs, "swiglu", backend="triton"))
 
 
-def test_rows_past_the_counts_are_never_read() -> None:
-    """The row map may be longer than the counts, so that the host need not know their sum."""
-    inputs = make([3, 0, 18], torch.float32, "swiglu", 16, 24)
-    x, rows, weights, counts, w_up, w_down, dy = inputs
-    want = run(expert_ffn, *inputs, "swiglu", backend="triton")
-    spare = torch.zeros(40, dtype=torch.int64, device=DEVICE)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "recompute"),
+    [("swiglu", torch.float32, False), ("gelu", torch.float16, True)],
+)
+def test_rows_past_the_counts_are_never_read(
+    monkeypatch, activation, dtype, recompute, tma
+) -> None:
+    """The row map may be longer than the counts, so that the host need not know their sum.
+
+    Spare rows are of a source that is NaN, have gates that are, and meet memory that is.
+    """
+    load_by(monkeypatch, tma=tma)
+    x, rows, weights, counts, w_up, w_down, dy = make([3, 0, 18], dtype, activation, 16, 24)
+    options = {"activation": activation, "backend": "triton", "recompute": recompute}
+    want = run(expert_ffn, x, rows, weights, counts, w_up, w_down, dy, **options)
+    spare = torch.full((80,), len(x), device=DEVICE)
+    nan = torch.full_like(x[:1], torch.nan)
     padded = RowMap(
-        torch.cat((rows.index_R, spare)), torch.cat((rows.by_source_R, spare)), rows.offsets_N1
+        torch.cat((rows.index_R, spare)),
+        torch.cat((rows.by_source_R, torch.arange(21, 101, device=DEVICE))),
+        torch.cat((rows.offsets_N1, rows.offsets_N1[-1:])),
     )
-    gates = torch.cat((weights, torch.full((40,), torch.nan, device=DEVICE)))
-    got = run(expert_ffn, x, padded, gates, counts, w_up, w_down, dy, "swiglu", backend="triton")
-    dweights = got.pop(2)
-    assert torch.equal(dweights[:-40], want.pop(2))
-    assert not dweights[-40:].any()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    gates = torch.cat((weights, torch.full((80,), torch.nan, device=DEVICE)))
+    wide = (torch.cat((x, nan)), padded, gates, counts, w_up, w_down, torch.cat((dy, nan)))
+    with poisoned():
+        y, dx, dweights, *dw = run(expert_ffn, *wide, **options)
+    assert not any(t.any() for t in (y[-1], dx[-1], dweights[-80:]))
+    for got, expect in zip((y[:-1], dx[:-1], dweights[:-80], *dw), want, strict=True):
+        assert torch.equal(got, expect)
 
 
 def test_saving_x_alone_and_adding_to_main_gradients() -> None:
@@ -117,3 +131,48 @@ def test_saving_x_alone_and_adding_to_main_gradients() -> None:
     assert got[3:] == [None, None]
     for total, old, new in zip(sums, before, want[3:], strict=True):
         assert_close(total, old + new, 1e-6)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_micro_batches_add_to_float32_sums(monkeypatch, dtype: torch.dtype, tma: bool) -> None:
+    """Two of them, to sums that are not zero; what is added is not rounded to the rows' dtype."""
+    load_by(monkeypatch, tma=tma)
+    batches = [make(counts, dtype, "swiglu", 24, 40) for counts in ([3, 0, 33], [17, 5, 0])]
+    w_up, w_down = batches[0][4:6]
+    start = [torch.randn(w.shape, device=DEVICE) for w in (w_up, w_down)]
+
+    def by_kernels() -> list[torch.Tensor]:
+        sums = tuple(t.clone() for t in start)
+        for x, rows, weights, counts, _, _, dy in batches:
+            inputs = (x, rows, weights, counts, w_up, w_down, dy)
+            run(expert_ffn, *inputs, "swiglu", backend="triton", main_grads=sums)
+        return list(sums)
+
+    want = [t.double() for t in start]
+    for x, rows, weights, counts, _, _, dy in batches:
+        inputs = (x, rows, weights, counts, w_up, w_down, dy)
+        for total, gradient in zip(want, expected(inputs, "swiglu")[3:], strict=True):
+            total += gradient
+    for got, total, old in zip(twice(by_kernels), want, start, strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got - old, total - old, TOLERANCE[dtype])
+
+
+# A difference over 2 eps of float32 outputs of about 1 is off by about 1e-7 / eps, and by eps^2.
+DIFFERENCES = {"eps": 1e-2, "atol": 2e-3, "rtol": 2e-3}
+
+
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # that they are not float64
+@pytest.mark.parametrize(("activation", "ffn_dim"), [("swiglu", 1), ("gelu", 2)])
+def test_gradients_are_those_of_differences(activation: str, ffn_dim: int) -> None:
+    x, _, weights, counts, w_up, w_down, _ = make([2, 0, 1], torch.float32, activation, 2, ffn_dim)
+    rows = RowMap.from_index(torch.tensor([2, 0, 2]), 3)
+    on_device = RowMap(*(part.to(DEVICE) for part in rows))
+
+    def ffn(x, weights, w_up, w_down):
+        options = {"activation": activation, "backend": "triton"}
+        return expert_ffn(x, on_device, weights, counts, w_up, w_down, **options)
+
+    leaves = [t.requires_grad_() for t in (x[:3].clone(), weights, w_up, w_down)]
+    assert torch.autograd.gradcheck(ffn, leaves, **DIFFERENCES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from on_device import DEVICE, assert_close, twice  # first: it skips this file
 
 from dmoe.moe import MoEConfig, MoEContext
 from dmoe.ops.mean_mask import MaskRule, masked_activation_loop
@@ -141,8 +141,7 @@ def test_a_layer_of_neurons_equals_torch(valid: torch.Tensor | None) -> None:
 def test_twice_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     leaves = [torch.randn(3, 32), torch.randn(3, 2, 3), torch.randn(32, 3)]
-    first, second = (forward_and_backward(*leaves) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    twice(lambda: forward_and_backward(*leaves))
 
 
 def forward_and_backward(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
+from on_device import DEVICE, assert_close, twice  # first: it skips this file
 
 from dmoe.ops.routing import (
     GateForm,
@@ -33,9 +33,8 @@ def test_selects_as_torch_does(tokens: int, experts: int, k: int, score: str) ->
     for each, valid in ((k, None), (k_T, None), (k_T, valid_T)):
         want = select_experts_torch(logits, bias, each, k, valid, score)
         on_device = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (each, valid)]
-        got = select_experts(
-            logits.to(DEVICE), bias.to(DEVICE), on_device[0], k, on_device[1], score
-        )
+        inputs = (logits.to(DEVICE), bias.to(DEVICE), on_device[0], k, on_device[1], score)
+        (got,) = twice(lambda inputs=inputs: [select_experts(*inputs)])
         assert torch.equal(got.cpu(), want)
 
 
@@ -95,13 +94,28 @@ def test_one_expert_has_a_gate_of_one_and_no_gradient() -> None:
     assert not logits.grad.any()
 
 
-def test_twice_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_twice_gives_the_same_bits(form: GateForm) -> None:
     logits = logits_of(129, 64).to(DEVICE)
     ids = logits.argsort(1, descending=True)[:, :8]
-    results = []
-    for _ in range(2):
+
+    def compute() -> list[torch.Tensor]:
         leaf = logits.clone().requires_grad_()
-        scores, weights = weigh_experts(leaf, ids, GateForm("softmax", False, True, 1.0))
+        scores, weights = weigh_experts(leaf, ids, form)
         (scores.square().sum() + weights.square().sum()).backward()
-        results.append((scores.detach(), weights.detach(), leaf.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        return [scores, weights, leaf.grad]
+
+    twice(compute)
+
+
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # that they are not float64
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_differences(form: GateForm) -> None:
+    """In float32, so of differences of some size."""
+    logits = logits_of(3, 5)
+    ids = logits.argsort(1, descending=True)[:, :3]
+    ids[1, 2] = -1
+    leaf, on_device = logits.to(DEVICE).requires_grad_(), ids.to(DEVICE)
+    assert torch.autograd.gradcheck(
+        lambda logits: weigh_experts(logits, on_device, form), leaf, eps=1e-2, atol=1e-3, rtol=1e-3
+    )

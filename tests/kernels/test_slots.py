@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from on_device import DEVICE  # first: it skips this file where Triton is missing
+from hypothesis import given
+from hypothesis import strategies as st
+from on_device import DEVICE, twice  # first: it skips this file where Triton is missing
 
-from dmoe.ops import sort_slots
+from dmoe.ops import RowMap, sort_slots
 
 pytest.importorskip("dmoe_kernels.slots")
 
@@ -29,10 +31,17 @@ def routings() -> dict[str, tuple[torch.Tensor, int]]:
     }
 
 
+def sorted_by_triton(ids_TK: torch.Tensor, num_experts: int) -> list[torch.Tensor]:
+    """Return the slots, the three parts of the row map, and the counts."""
+    slots, rows, counts = sort_slots(ids_TK.to(DEVICE), num_experts, by_triton=True)
+    return [slots, *rows, counts]
+
+
 @pytest.mark.parametrize("name", routings())
 def test_equals_a_stable_sort(name: str) -> None:
     ids_TK, num_experts = routings()[name]
-    slots, rows, counts = sort_slots(ids_TK.to(DEVICE), num_experts, by_triton=True)
+    slots, *row_map, counts = twice(lambda: sorted_by_triton(ids_TK, num_experts))
+    rows = RowMap(*row_map)
     want_slots, want_rows, want_counts = sort_slots(ids_TK, num_experts)
     num_used = len(want_slots)
     assert torch.equal(counts.cpu(), want_counts)
@@ -54,3 +63,26 @@ def test_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     slots, *_ = sort_slots(ids_TK.to(DEVICE), 7, by_triton=True)
     want = ids_TK.flatten().masked_fill(ids_TK.flatten() < 0, 7).argsort(stable=True)
     assert torch.equal(slots.cpu(), want)
+
+
+@given(
+    tokens=st.integers(0, 200),
+    experts=st.integers(1, 9),
+    k=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_is_a_permutation_whose_map_leads_back(
+    tokens: int, experts: int, k: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids_TK = torch.randint(-1, experts, (tokens, k), generator=generator)
+    slots, index, by_token, offsets, counts = (t.cpu() for t in sorted_by_triton(ids_TK, experts))
+    every = torch.arange(tokens * k)
+    assert torch.equal(slots.sort().values, every)
+    assert torch.equal(by_token.sort().values, every)
+    assert torch.equal(index, slots // k)
+    used = ids_TK >= 0
+    assert int(counts.sum()) == int(offsets[-1]) == int(used.sum())
+    assert torch.equal(offsets.diff(), used.sum(1))
+    # The rows of each token, in the order of its slots.
+    assert torch.equal(slots[by_token[: int(offsets[-1])]], used.flatten().nonzero()[:, 0])

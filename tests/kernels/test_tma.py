@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import DEVICE  # first: it skips this file where Triton is missing
+from on_device import DEVICE, load_by, poisoned  # first: it skips this file where Triton is missing
 from test_experts import COUNTS, make, run
 
 from dmoe.ops import expert_ffn
@@ -24,15 +24,7 @@ def test_equals_the_products_by_address(monkeypatch, activation: str, counts: li
     inputs = make(counts, torch.float16, activation, 24, 40)
 
     def result(by_tma: bool) -> list[torch.Tensor]:
-        def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False, even_k=True):
-            if configs.INTERPRET.value:
-                fitting = [configs._INTERPRETED._replace(tma=value) for value in (False, True)]
-            else:
-                fitting = configs._candidates_of(kernel, dtype, device, tma=True, gluon=False)
-            return next(c for c in fitting if c.tma == (by_tma and tma))
-
-        for module in ("up", "dz", "grouped_gemm"):
-            monkeypatch.setattr(f"dmoe_kernels.{module}.choose", choose)
+        load_by(monkeypatch, tma=by_tma)
         return run(expert_ffn, *inputs, activation, backend="triton")
 
     for got, want in zip(result(by_tma=True), result(by_tma=False), strict=True):
@@ -50,15 +42,11 @@ def test_rows_past_the_counts_meet_zeros() -> None:
     if DEVICE.type == "cuda":
         config = next(c for c in configs.CANDIDATES["outer"] if c.tma)
     options = {"dtype": torch.float32, "config": config}
-    # In this mode torch fills new memory with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with poisoned():
         dz_RH, a_RF, _ = dz.dz(dy, index, z, gates, counts, w_down, "swiglu")
         offsets = tiles.tile_rows(counts, len(index), 32).offsets
         dw_up = gemm.grouped_outer(dz_RH, x, index, offsets, gather_a=False, **options)
         dw_down = gemm.grouped_outer(dy, a_RF, index, offsets, gather_a=True, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert dz_RH[-1].isnan().all()
     assert a_RF[-1].isnan().all()
     assert dw_up.isfinite().all()

@@ -38,6 +38,19 @@ def test_is_told_before_the_run(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_says_what_auto_takes_once(token_store: Path, tmp_path: Path, capsys) -> None:
+    """A run that names its back end says nothing of it."""
+    for backend, times in (("auto", 1), ("loop", 0)):
+        config = tiny_config(token_store, tmp_path / backend)
+        tree = config.model_dump()
+        tree["model"]["moe"]["backend"] = backend
+        with open_run(type(config).model_validate(tree), torch.device("cpu")) as run:
+            run.trainer.fit()
+        out = capsys.readouterr().out
+        assert out.count("backend: auto takes") == times
+        assert out.count("model.moe.backend: auto takes loop") == times
+
+
 def test_a_run_says_whether_its_kernels_are_measured(
     token_store: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
