@@ -35,8 +35,9 @@ class EngineConfig(ConfigModel):
     """Compile attention, norms and dense feed-forward layers with `torch.compile` (native)."""
     tune_kernels: bool = False
     """Measure the tile shapes of the experts' Triton kernels at each size that was not measured
-    before, which takes minutes the first time, and keep the fastest beside Triton's cache. Where it
-    is false, what was kept is used, too."""
+    before, which takes minutes the first time and memory for one more result, and keep the fastest
+    beside Triton's cache. Each rank measures for itself, and other shapes may round sums otherwise:
+    tune in a short run of its own, then train with false, where what was kept is used."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration, under its names; what dmoe decides is refused."""
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -88,9 +89,10 @@ def _is_timed(device: torch.device) -> bool:
 def _triton() -> tuple[int, ...]:
     """Return the release of Triton without importing it, or nothing where it has another name."""
     try:
-        return tuple(int(part) for part in version("triton").split(".")[:2])
+        numbers = re.match(r"(\d+)\.(\d+)", version("triton"))
     except PackageNotFoundError:
-        return ()
+        numbers = None
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 @functools.cache

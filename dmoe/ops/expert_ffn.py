@@ -65,12 +65,14 @@ def expert_ffn(
     Raises:
         ValueError: widths do not suit eight bits, or `main_grads` not the weights.
     """
-    for main, w in zip(main_grads or (), (w_up, w_down_EDF), strict=False):
-        if main.shape != w.shape or not main.is_contiguous():
-            raise ValueError(
-                f"main_grads must be contiguous, with the shapes of the weights: one is "
-                f"{tuple(main.shape)} with strides {main.stride()}, its weight {tuple(w.shape)}"
-            )
+    if main_grads is not None:
+        for main, w in zip(main_grads, (w_up, w_down_EDF), strict=True):
+            if main.shape != w.shape or not main.is_contiguous():
+                raise ValueError(
+                    f"main_grads must be contiguous, with the shapes of the weights: one is "
+                    f"{tuple(main.shape)} with strides {main.stride()}, its weight "
+                    f"{tuple(w.shape)}"
+                )
     if dtype == "fp8":
         check_widths(*w_down_EDF.shape[1:])
     options = _Options(activation, backend, recompute, dtype, main_grads)

@@ -113,8 +113,9 @@ def open_run(config: Config, device: torch.device) -> Iterator[Run]:
         journal = Journal(config, rank=dims.rank, step=progress.step)
         stack.callback(journal.close)
         _introduce(config, dims, backend, journal, parts)
-        if backend == "triton":
-            tune_kernels(journal.message if config.engine.tune_kernels else None)
+        if config.engine.tune_kernels:
+            tune_kernels(journal.message)
+            stack.callback(tune_kernels, None)
         trainer = Trainer(
             config, engine=engine, loader=loader, checkpoints=checkpoints, progress=progress
         )
@@ -189,9 +190,12 @@ def _check_backend(config: Config, device: torch.device) -> ResolvedBackend | No
         taken = resolve_backend(leaf.backend, device, dtype, leaf.expert_dtype)
     is_grouped = moe is not None and moe.is_grouped
     if config.engine.tune_kernels and not (is_grouped and taken == "triton"):
+        reason = "this model has no routed experts in grouped products: set it to false"
+        if moe is not None and is_grouped:
+            key = f"model.moe.{moe.leaf_path}backend"
+            reason = f"{key} takes {taken} here: set it to false, or {key} to triton"
         raise ConfigError(
-            "engine.tune_kernels = true is for the Triton kernels of experts, which this run does "
-            "not use: set it to false, or model.moe.backend to triton",
+            f"engine.tune_kernels = true is for the Triton kernels of experts, but {reason}",
             key="engine.tune_kernels",
         )
     if moe is None or is_grouped:

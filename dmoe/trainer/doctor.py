@@ -120,13 +120,14 @@ def _devices() -> Check:
 
 
 def _experts() -> Check:
-    """Report what experts run on in bfloat16, and where it could be the kernels and is not."""
+    """Report what experts run on in bfloat16, and where Triton keeps them off the kernels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taken = resolve_backend("auto", device, torch.bfloat16)
-    detail = f"model.moe.backend: auto takes {taken} in bfloat16"
-    if device.type == "cuda" and taken != "triton":
-        remedy = "Triton 3.6 on an H100 or H200 takes the kernels, elsewhere backend: triton does"
-        return Check("experts", "warn", f"{detail}; {remedy}")
+    detail = f"model.moe.backend=auto takes {taken} in bfloat16"
+    is_sm_90 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if is_sm_90 and not torch.version.hip and taken != "triton":
+        detail += "; with Triton 3.6 it takes the kernels, which are faster on this GPU"
+        return Check("experts", "warn", detail)
     return Check("experts", "ok", detail)
 
 

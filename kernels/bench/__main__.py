@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     # The timer below cannot stop what never lets another thread of Python run; this can.
     faulthandler.dump_traceback_later(options.seconds + SLACK, exit=True)
     if not check(torch.device("cuda"), torch.bfloat16, 1e-2):
+        faulthandler.cancel_dump_traceback_later()
         return 1
     if options.tune:
         tune_kernels(lambda line: print(line, flush=True))
@@ -82,8 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     timer = threading.Timer(started + options.seconds - time.monotonic(), bench.stop)
     timer.daemon = True
     timer.start()
-    bench.run()
-    timer.cancel()
+    try:
+        bench.run()
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
     return int(not bench.good)
 
 

@@ -244,5 +244,5 @@ _PACKAGES = {
 def runs_here(name: str) -> bool:
     """Say whether a contender's package is installed, and whether the GPU has its numbers."""
     if name == "ours, fp8":
-        return not torch.version.hip and torch.cuda.get_device_capability() >= (8, 9)
+        return not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
     return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None

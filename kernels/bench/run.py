@@ -12,6 +12,7 @@ import measure
 import torch
 import triton
 from contenders import CONTENDERS, PEERS, TOLERANCES, runs_here
+from dmoe_kernels.configs import tuned
 from problem import SHAPES, TINY, Problem, Shape
 
 _CHECKED = Shape("check", 2048, 512, 512, 16, 4)
@@ -74,7 +75,7 @@ class Bench:
             own = ", ".join(f"{letter} = {size}" for letter, size in sizes)
             self.shapes = (Shape(own, *options.layer),)
         self.good = True
-        self.running = "the rate of cuBLAS"
+        self.running, self.must = "the rate of cuBLAS", False
         self.rows: dict[tuple[str, str], Row] = {}
         self.notes: list[str] = []
         self.neurons = ""
@@ -129,7 +130,7 @@ class Bench:
         for (at, name), row in self.rows.items():
             if at == shape.name and name != "torch loop":
                 ready[name] = (row.saved, row.error)
-        self.running = f"{shape.name}, turns of {', '.join(ready)}"
+        self.running, self.must = f"{shape.name}, turns of {', '.join(ready)}", False
         forward, both = self.times(problem, list(ready))
         for name, (saved, error) in ready.items():
             row = Row(shape, name, forward[name], both[name], saved, error)
@@ -155,8 +156,8 @@ class Bench:
     def attempt(
         self, what: str, call: Callable[..., Any], *arguments: Any, must: bool = False
     ) -> Any:
-        """Call, and note what it raises; the command fails if it must not raise."""
-        self.running = what
+        """Call, and note what it raises; the command fails if it must not raise, nor be stopped."""
+        self.running, self.must = what, must
         try:
             return call(*arguments)
         except Exception as error:  # a peer may fail in any way
@@ -172,7 +173,9 @@ class Bench:
         """Write the page as it stands."""
         with self.writing:
             if self.options.out:
-                self.options.out.write_text(self.document())
+                whole = self.options.out.with_name(f"{self.options.out.name}.part")
+                whole.write_text(self.document())
+                whole.replace(self.options.out)
 
     def stop(self) -> None:
         """Write the page and end the process, whatever runs; called by a timer's thread."""
@@ -180,7 +183,11 @@ class Bench:
             self.note(f"{self.running}: the time was up here, what comes after was not measured")
             self.write()
         finally:
-            os._exit(int(not self.good))
+            os._exit(int(self.must or not self.good))
+
+    def num_tuned(self) -> int:
+        """Return how many products of some size have a tile shape that was measured here."""
+        return len(tuned(torch.device("cuda")))
 
     def line(self, row: Row) -> str:
         """Return a row of the table."""
@@ -203,7 +210,8 @@ class Bench:
             f"before peers came. Sorting the slots is counted, the router is not. A bfloat16 "
             f"product\nof 8192^3 by cuBLAS in the same run: {self.cublas:.0f} TFLOP/s. The error "
             f"of ours is the largest of output and gradients,\nagainst a float32 loop; that of "
-            f"others is of the output, against ours.\n\n"
+            f"others is of the output, against ours. Of tile shapes, {self.num_tuned()} had been\n"
+            f"tuned, all others were the first that fit.\n\n"
             "| shape | contender | forward ms | TFLOP/s | forward and backward ms | TFLOP/s "
             "| of cuBLAS | saved MB | error |\n"
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"

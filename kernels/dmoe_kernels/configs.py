@@ -1,23 +1,24 @@
 """Tile shapes: candidates for each kernel, pruned by shared memory, and what tuning found best.
 
 `choose` reads a table on disk, and takes the first candidate that fits where that has none for the
-size. So all ranks of a job choose alike, and a graph may be captured at once. After `tune_kernels`
-it measures all candidates at such a size instead, each rank for itself, and writes the fastest to
-the table.
+size. So ranks that read the same table choose alike, and a graph may be captured at once. After
+`tune_kernels` it measures all candidates at such a size instead, each rank for itself, and adds the
+fastest to the table.
 """
 
+import fcntl
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import torch
 import triton
 from triton.testing import do_bench
 
-from dmoe_kernels.common import INTERPRET
+from dmoe_kernels.common import INTERPRET, precision_of
 
 
 class Config(NamedTuple):
@@ -160,7 +161,8 @@ def candidates(
             spills.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
-        even_k: whether blocks divide the summed dim: masks take registers, too.
+        even_k: whether blocks divide the summed dim. If not, masks take registers; such widths are
+            rare, so what loads all by TMA, without masks, is left out as well.
     """
     fitting = [
         config
@@ -204,14 +206,15 @@ def choose(
     gluon: bool = False,
     even_k: bool = True,
 ) -> Config:
-    """Return the config for a kernel on a device; a process keeps to what it chose first.
+    """Return the config for a kernel on a device.
+
+    What was measured, or was in the table when the process first looked, stays for the process.
 
     Args:
         kernel: a key of `CANDIDATES`.
         form: what else tells one product of the kernel from another, such as its activation.
         dtype: of the rows.
-        shape: (M, N, K) of the product as the kernel names them, E, and rows an expert, rounded up
-            to a power of 2.
+        shape: the two widths of the product, E, and rows an expert, rounded up to a power of 2.
         device: where it runs.
         run: the product in a config, to be measured.
         tma: whether TMA can read what it would have to.
@@ -220,29 +223,40 @@ def choose(
     """
     if INTERPRET.value:
         return _INTERPRETED
-    words = [kernel, form, str(dtype).removeprefix("torch."), *map(str, shape)]
-    key = " ".join(words + ["tma"] * tma + ["gluon"] * gluon)
-    chosen = _chosen(device)
     fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon, even_k=even_k)
-    # A table may be older than the candidates.
-    if chosen.get(key) not in fitting:
-        if _report is None or torch.cuda.is_current_stream_capturing():
-            return fitting[0]
-        chosen[key] = _fastest(fitting, run, lambda text: _report(f"{key}: {text}"))
-        _keep(key, chosen[key], device)
-    return chosen[key]
+    numbers = f"{name_of(dtype)} {precision_of(dtype)}" if dtype.itemsize == 4 else name_of(dtype)
+    chosen, key = tuned(device), _key(kernel, form, numbers, shape, tma, gluon)
+    config = chosen.get(key)
+    if config in fitting:  # a table may be older than the candidates
+        return config
+    report = _report
+    if report is None or torch.cuda.is_current_stream_capturing():
+        return fitting[0]
+    best = _fastest(fitting, run, lambda text: report(f"{key}: {text}"))
+    if best is None:
+        return fitting[0]
+    chosen[key] = best
+    try:
+        _keep(key, best, device)
+    except OSError as error:
+        report(f"{key}: not kept on disk: {error}")
+    return best
 
 
 def _fastest(
-    fitting: list[Config], run: Callable[[Config], object], report: Callable[[str], object]
-) -> Config:
-    """Return the fastest config; one that fails is passed over, unless all do."""
+    fitting: tuple[Config, ...], run: Callable[[Config], object], report: Callable[[str], object]
+) -> Config | None:
+    """Return the fastest config, or None where memory is short; one that fails is passed over."""
     times, failure = {}, None
     for config in fitting:
         try:
             milliseconds = do_bench(
                 functools.partial(run, config), warmup=5, rep=30, return_mode="median"
             )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            report("too little memory is free to measure here: the first config is taken")
+            return None
         except (RuntimeError, triton.TritonError) as error:
             failure = error
             report(f"{config} failed: {error}".splitlines()[0])
@@ -255,12 +269,28 @@ def _fastest(
 
 
 def _keep(key: str, config: Config, device: torch.device) -> None:
-    """Write to the table on disk, which other ranks may be writing to as well."""
+    """Add to the table on disk, in turns with other ranks that do."""
     path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(_read(path) | {key: config}, indent=1, sort_keys=True))
-    fresh.replace(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = json.dumps(_read(path) | {key: config}, indent=1, sort_keys=True)
+        with NamedTemporaryFile("w", dir=path.parent, delete=False) as fresh:
+            fresh.write(table)
+        Path(fresh.name).replace(path)
+
+
+@functools.cache
+def _key(
+    kernel: str, form: str, numbers: str, shape: tuple[int, ...], tma: bool, gluon: bool
+) -> str:
+    words = [kernel, form, numbers, *map(str, shape)]
+    return " ".join(words + ["tma"] * tma + ["gluon"] * gluon)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without that of its package."""
+    return str(dtype).removeprefix("torch.")
 
 
 def table_path(device: torch.device) -> Path:
@@ -279,11 +309,12 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
     return triton.next_power_of_2(max(1, triton.cdiv(num_rows, num_experts)))
 
 
+@functools.cache
 def _candidates_of(
     kernel: str, dtype: torch.dtype, device: torch.device, **suited: bool
-) -> list[Config]:
+) -> tuple[Config, ...]:
     shared_memory, wgmma = _limits(device)
-    return candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, **suited)
+    return tuple(candidates(kernel, dtype.itemsize, shared_memory, wgmma=wgmma, **suited))
 
 
 @functools.cache
@@ -295,7 +326,7 @@ def _limits(device: torch.device) -> tuple[int, bool]:
 
 
 @functools.cache
-def _chosen(device: torch.device) -> dict[str, Config]:
+def tuned(device: torch.device) -> dict[str, Config]:
     """Return what this process takes: what the table on disk had, and what it measured itself."""
     table = _read(table_path(device))
     return {
@@ -304,4 +335,9 @@ def _chosen(device: torch.device) -> dict[str, Config]:
 
 
 def _read(path: Path) -> dict[str, list[int]]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Return the table, or nothing where there is none that can be read."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dmoe_kernels.common import num_programs, rounded
-from dmoe_kernels.configs import Config, choose, rows_bucket
+from dmoe_kernels.configs import Config, choose, name_of, rows_bucket
 from dmoe_kernels.fp8 import BLOCK, Quantized
 from dmoe_kernels.product import tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
@@ -48,7 +48,9 @@ def grouped_gemm(
         def run(config: Config) -> Tensor:
             return grouped_gemm(a_RK, w_ENK, counts_E, dtype=dtype, config=config, tiles=tiles)
 
-        config = choose("gemm_fp8", str(dtype), torch.float8_e4m3fn, shape, counts_E.device, run)
+        config = choose(
+            "gemm_fp8", name_of(dtype), torch.float8_e4m3fn, shape, counts_E.device, run
+        )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     y_RN = torch.empty(num_rows, size_n, dtype=dtype, device=counts_E.device)

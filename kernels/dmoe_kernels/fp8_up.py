@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels.common import num_programs, rounded, swiglu, ungated
-from dmoe_kernels.configs import Config, choose, rows_bucket
+from dmoe_kernels.configs import Config, choose, name_of, rows_bucket
 from dmoe_kernels.fp8 import BLOCK, Quantized, quantize_rows, quantize_weights, quantized
 from dmoe_kernels.fp8_gemm import matrix_rows, products
 from dmoe_kernels.product import tile_at
@@ -36,7 +36,8 @@ def up(
         shape = (ffn_dim, dim, num_experts, rows_bucket(num_rows, num_experts))
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
-        config = choose("up_fp8", activation, torch.float8_e4m3fn, shape, index_R.device, run)
+        form = f"{activation} {name_of(x_ND.dtype)}"
+        config = choose("up_fp8", form, torch.float8_e4m3fn, shape, index_R.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     w = quantize_weights(w_up_EHD)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmoe_kernels import gluon_outer, gluon_up
 from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
-from dmoe_kernels.configs import Config, choose, is_even, rows_bucket, scaled_k
+from dmoe_kernels.configs import Config, choose, is_even, name_of, rows_bucket, scaled_k
 from dmoe_kernels.gluon_outer import suits_gluon_outer
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import product, tile_at
@@ -145,7 +145,7 @@ def grouped_outer(
                 a_RM, b_RN, index_R, offsets, **options, out=scratch, config=config
             )
 
-        form = f"{'left' if gather_a else 'right'} {str(dtype).removeprefix('torch.')}"
+        form = f"{'left' if gather_a else 'right'} {name_of(dtype if out is None else out.dtype)}"
         config = choose(kernel, form, a_RM.dtype, shape, a_RM.device, run, tma=tma, gluon=gluon)
     if config.gluon:
         assert out is None

@@ -46,11 +46,12 @@ def twice(compute: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Let torch fill new memory with NaN, or the largest integer, until it is written."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def load_by(monkeypatch: pytest.MonkeyPatch, *, tma: bool) -> None:

@@ -53,7 +53,7 @@ def _seeded_and_told_of_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sparse(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     """Return zeros that take memory where they are touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     try:
         memory = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize, flags=flags)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -44,10 +45,10 @@ def gpu(monkeypatch, tmp_path) -> Gpu:
     monkeypatch.setattr(configs, "table_path", lambda device: tmp_path / "cache" / "table.json")
     monkeypatch.setattr(configs, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    configs._chosen.cache_clear()
+    configs.tuned.cache_clear()
     yield made
     tune_kernels(None)
-    configs._chosen.cache_clear()
+    configs.tuned.cache_clear()
 
 
 def fitting(**forms: bool) -> list:
@@ -74,7 +75,7 @@ def test_the_fastest_is_kept_on_disk(gpu: Gpu) -> None:
     assert gpu.choose() == best
     assert len(gpu.measured) == len(fitting()), "measured once"
     tune_kernels(None)
-    configs._chosen.cache_clear()  # as in another process
+    configs.tuned.cache_clear()  # as in another process
     assert gpu.choose() == best
     assert gpu.choose(shape=(64, 32, 8, 256)) == fitting()[0]
 
@@ -95,15 +96,15 @@ def test_each_size_and_what_the_tensors_allow_have_an_entry(gpu: Gpu) -> None:
 def test_what_is_no_candidate_any_more_is_not_taken(gpu: Gpu) -> None:
     tune_kernels(gpu.lines.append)
     gpu.choose()
-    [path] = configs.table_path(DEVICE).parent.iterdir()
+    path = configs.table_path(DEVICE)
     key = gpu.lines[0].split(":")[0]
     tune_kernels(None)
     for outdated in ([999, *fitting()[1][1:]], [128, 128]):
         path.write_text(json.dumps({key: outdated}))
-        configs._chosen.cache_clear()
+        configs.tuned.cache_clear()
         assert gpu.choose() == fitting()[0]
     path.write_text(json.dumps({key: fitting()[1]}))
-    configs._chosen.cache_clear()
+    configs.tuned.cache_clear()
     assert gpu.choose() == fitting()[1]
 
 
@@ -121,6 +122,31 @@ def test_what_fails_is_passed_over(gpu: Gpu) -> None:
     gpu.times = lambda config: -1.0
     with pytest.raises(RuntimeError, match="out of shared memory"):
         gpu.choose("dz")
+
+
+def test_short_memory_takes_the_first_and_keeps_nothing(gpu: Gpu, monkeypatch) -> None:
+    """What fits then need not be the fastest, and the run must go on."""
+
+    def do_bench(call: Callable[[], object], **_: object) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(configs, "do_bench", do_bench)
+    tune_kernels(gpu.lines.append)
+    assert gpu.choose() == fitting()[0]
+    assert "too little memory" in gpu.lines[0]
+    assert not configs.table_path(DEVICE).exists()
+
+
+def test_ranks_add_to_one_table(gpu: Gpu) -> None:
+    """Also those that read it before the others wrote, and over a file that was cut short."""
+    path = configs.table_path(DEVICE)
+    path.parent.mkdir()
+    path.write_text('{"gemm": [1')
+    tune_kernels(gpu.lines.append)
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(lambda n: gpu.choose(shape=(n, 8, 8, 8)), range(24)))
+    configs.tuned.cache_clear()
+    assert len(configs.tuned(DEVICE)) == 24
 
 
 def test_a_graph_that_is_captured_is_not_disturbed(gpu: Gpu, monkeypatch) -> None:

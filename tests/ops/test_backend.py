@@ -44,6 +44,19 @@ def test_auto_is_triton_where_it_was_timed(
     assert not uses_kernels("auto", CPU, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("release", "numbers"), [("3.6.0+git1", (3, 6)), ("3.10rc1", (3, 10)), (None, ())]
+)
+def test_the_release_of_triton_is_read(monkeypatch, release: str | None, numbers: tuple) -> None:
+    def version(package: str) -> str:
+        if release is None:
+            raise door.PackageNotFoundError
+        return release
+
+    monkeypatch.setattr(door, "version", version)
+    assert door._triton.__wrapped__() == numbers
+
+
 def test_auto_is_torch_where_a_gpu_is_named_and_none_is_there(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_backend("auto", GPU, torch.bfloat16) == "torch"

@@ -49,14 +49,20 @@ def test_this_machine_talks_to_itself() -> None:
     assert "16 MB" in check.detail
 
 
-@pytest.mark.parametrize(("taken", "status"), [("triton", "ok"), ("torch", "warn")])
-def test_says_what_experts_run_on_and_how_to_have_the_kernels(monkeypatch, taken, status) -> None:
-    assert subject._experts().detail == "model.moe.backend: auto takes loop in bfloat16"
+@pytest.mark.parametrize(
+    ("capability", "taken", "status"),
+    [((9, 0), "triton", "ok"), ((9, 0), "torch", "warn"), ((8, 0), "torch", "ok")],
+)
+def test_says_what_experts_run_on_and_how_to_have_the_kernels(
+    monkeypatch, capability: tuple[int, int], taken: str, status: str
+) -> None:
+    assert subject._experts().detail == "model.moe.backend=auto takes loop in bfloat16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(subject, "resolve_backend", lambda *_: taken)
     check = subject._experts()
     assert check.status == status
-    assert check.detail.startswith(f"model.moe.backend: auto takes {taken} in bfloat16")
+    assert check.detail.startswith(f"model.moe.backend=auto takes {taken} in bfloat16")
     assert ("Triton 3.6" in check.detail) == (status == "warn")
 
 

@@ -16,7 +16,8 @@ NEURONS = {"infinite": {"ffn_dim": 32, "granularity": "neuron"}}
 @pytest.mark.parametrize(
     ("engine", "moe", "message"),
     [
-        ({"tune_kernels": True}, {}, "engine.tune_kernels = true is for the Triton kernels"),
+        ({"tune_kernels": True}, {}, "model.moe.backend takes loop here: set it to false, or"),
+        ({"tune_kernels": True}, NEURONS, "no routed experts in grouped products: set it to"),
         ({}, {"backend": "triton"}, "needs an NVIDIA or AMD GPU, this device is cpu"),
         ({}, {**NEURONS, "backend": "triton"}, "needs an NVIDIA or AMD GPU, this device is cpu"),
     ],
@@ -51,18 +52,18 @@ def test_a_run_says_what_auto_takes_once(token_store: Path, tmp_path: Path, caps
         assert out.count("model.moe.backend: auto takes loop") == times
 
 
-def test_a_run_says_whether_its_kernels_are_measured(
+def test_kernels_are_measured_as_long_as_a_run_lasts(
     token_store: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """A later run of the same process that does not ask for it turns it off again."""
     monkeypatch.setattr("dmoe.trainer.build.resolve_backend", lambda *_: "triton")
     reports: list[Any] = []
     monkeypatch.setattr("dmoe.trainer.build.tune_kernels", reports.append)
-    for tune in (True, False):
+    for tune in (False, True):
         config = tiny_config(token_store, tmp_path / str(tune), engine={"tune_kernels": tune})
         with open_run(config, torch.device("cpu")):
-            pass
-    assert reports[1] is None
-    capsys.readouterr()
-    reports[0]("up: 1.000 ms")
-    assert capsys.readouterr().out == "up: 1.000 ms\n"
+            assert len(reports) == tune
+            capsys.readouterr()
+            for report in reports:
+                report("up: 1.000 ms")
+            assert capsys.readouterr().out == "up: 1.000 ms\n" * tune
+    assert reports[1:] == [None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from dmoe.ops import RowMap
 from dmoe.ops.rows import sum_rows
@@ -54,6 +55,7 @@ class _SendQuantized(Function):
         return dequantize_rows(received, x_TD.shape[1], x_TD.dtype, by_triton=by_triton)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx_ND: Tensor) -> tuple[Tensor | None, ...]:
         dx_RD = all_to_all_rows(dx_ND, *ctx.route)
         dx_TD = sum_rows(dx_RD, ctx.sent, by_triton=ctx.by_triton)

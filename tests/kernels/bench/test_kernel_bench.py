@@ -95,7 +95,7 @@ import argparse, importlib.util, sys, time
 from pathlib import Path
 import torch, run
 from problem import SHAPES, TINY, Problem
-torch.cuda.get_device_name = lambda: "Some GPU"
+torch.cuda.get_device_name = lambda *_: "Some GPU"
 torch.cuda.empty_cache = lambda: None
 torch.cuda.is_available = lambda: True
 run.check = lambda *_: True
@@ -209,11 +209,22 @@ assert "OLMoE-1B-7B, ours: RuntimeError: it does" in page.read_text()
 assert ["OLMoE-1B-7B", "Liger"] in rows()
 stuck.clear()
 run.infinity.table = lambda repeats: fails()
-assert main("--shapes", "OLMoE") == 0 or "infinity-MoE" in page.read_text()
+assert main("--shapes", "OLMoE") == 0 and "infinity-MoE" not in page.read_text()
 assert main() == 1 and "infinity-MoE: RuntimeError" in page.read_text() and len(rows()) == 49
 """
     result = run_with_fakes(code, tmp_path / "page.md")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@interpreted
+def test_it_fails_where_ours_does_not_end(tmp_path: Path) -> None:
+    code = """
+stuck["ours"] = lambda: time.sleep(100)
+main("--shapes", "OLMoE", "--seconds", "2")
+"""
+    result = run_with_fakes(code, tmp_path / "page.md")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "- OLMoE-1B-7B, ours: the time was up here" in (tmp_path / "page.md").read_text()
 
 
 @interpreted
@@ -349,12 +360,15 @@ def test_a_package_is_found_without_its_import(tmp_path: Path) -> None:
     (tmp_path / "scattermoe.py").write_text("raise ImportError")
     code = """
 import contenders, torch
-torch.cuda.get_device_capability = lambda: (8, 0)
-print([contenders.runs_here(name) for name in ("ours", "ScatterMoE", "MegaBlocks", "ours, fp8")])
+names = ("ours", "ScatterMoE", "MegaBlocks", "ours, fp8")
+for capability in ((8, 9), (9, 0)):
+    torch.cuda.get_device_capability = lambda: capability
+    print([contenders.runs_here(name) for name in names])
 """
     paths = os.pathsep.join(map(str, (tmp_path, BENCH, ROOT / "kernels")))
     result = run("-c", code, PYTHONPATH=paths)
-    assert result.stdout == "[True, True, False, False]\n", result.stdout + result.stderr
+    found = ["[True, True, False, False]", "[True, True, False, True]"]
+    assert result.stdout.splitlines() == found, result.stdout + result.stderr
 
 
 @interpreted
