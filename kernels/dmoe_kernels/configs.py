@@ -120,11 +120,18 @@ assert all(
 )
 
 # Rows in float32, whose products may be exact: without tensor cores, and all operands in registers.
-_WIDE = [
-    Config(64, 64, 64, 8, 3),
-    Config(64, 64, 64, 8, 2),
-    Config(64, 64, 32, 4, 2),
-]
+# By whether products read both sides from shared memory.
+_WIDE = {
+    True: [
+        Config(64, 64, 64, 8, 3),
+        Config(64, 64, 64, 8, 2),
+        Config(64, 64, 32, 4, 2),
+    ],
+    False: [
+        Config(64, 32, 32, 4, 2),
+        Config(32, 32, 64, 4, 2),
+    ],
+}
 # Small, so that a small test has several tiles and a tail of each kind.
 _INTERPRETED = Config(32, 16, 16, 4, 1, 2)
 
@@ -166,7 +173,7 @@ def candidates(
     """
     fitting = [
         config
-        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE)
+        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE[wgmma])
         if bytes_needed(config, itemsize) <= shared_memory
         and ((wgmma and even_k) or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))

@@ -42,7 +42,7 @@ def check_infinite(infinite: InfiniteConfig, moe: "MoEConfig") -> None:
         ("recompute_experts", moe.recompute_experts),
         ("dispatch_dtype", moe.dispatch_dtype != "same" and moe.dispatch_dtype),
         ("expert_dtype", moe.expert_dtype != "same" and moe.expert_dtype),
-        ("backend", moe.backend in ("loop", "megablocks") and moe.backend),
+        ("backend", moe.backend == "megablocks" and moe.backend),
         ("losses", ", ".join(f"{n} {w}" for n, w in moe.losses.weights().items())),
     ):
         if given:
