@@ -11,7 +11,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -281,10 +280,9 @@ def _keep(key: str, config: Config, device: torch.device) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        table = json.dumps(_read(path) | {key: config}, indent=1, sort_keys=True)
-        with NamedTemporaryFile("w", dir=path.parent, delete=False) as fresh:
-            fresh.write(table)
-        Path(fresh.name).replace(path)
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps(_read(path) | {key: config}, indent=1, sort_keys=True))
+        whole.replace(path)
 
 
 @functools.cache

@@ -136,10 +136,13 @@ def rows():
 """
 
 
-def run_with_fakes(code: str, page: Path) -> subprocess.CompletedProcess[str]:
+def run_with_fakes(code: str, page: Path, returns: int = 0) -> str:
+    """Run code that must end with a number, and return what it printed of errors."""
     paths = f"{BENCH}{os.pathsep}{ROOT / 'kernels'}"
     arguments = ("-c", FAKES + code, str(page), str(BENCH / "__main__.py"))
-    return run(*arguments, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    result = run(*arguments, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    assert result.returncode == returns, result.stdout + result.stderr
+    return result.stderr
 
 
 @interpreted
@@ -169,8 +172,7 @@ assert [row[0] for row in rows()[16:]] == [
     f"T = 64, D = 32, F = 24, E = {experts}, K = 2" for experts in (16, 4)]
 assert page.read_text().endswith("\\n## Neurons\\n")
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_with_fakes(code, tmp_path / "page.md")
 
 
 @interpreted
@@ -188,8 +190,7 @@ assert "OLMoE-1B-7B, Liger: ValueError: it cannot" in page.read_text()
 absent.append("Liger")
 assert main("--shapes", "OLMoE") == 0 and ready[-1] == "transformers"
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_with_fakes(code, tmp_path / "page.md")
 
 
 @interpreted
@@ -212,8 +213,7 @@ run.infinity.table = lambda repeats: fails()
 assert main("--shapes", "OLMoE") == 0 and "infinity-MoE" not in page.read_text()
 assert main() == 1 and "infinity-MoE: RuntimeError" in page.read_text() and len(rows()) == 49
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_with_fakes(code, tmp_path / "page.md")
 
 
 @interpreted
@@ -222,8 +222,7 @@ def test_it_fails_where_ours_does_not_end(tmp_path: Path) -> None:
 stuck["ours"] = lambda: time.sleep(100)
 main("--shapes", "OLMoE", "--seconds", "2")
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == 1, result.stdout + result.stderr
+    run_with_fakes(code, tmp_path / "page.md", returns=1)
     assert "- OLMoE-1B-7B, ours: the time was up here" in (tmp_path / "page.md").read_text()
 
 
@@ -235,8 +234,7 @@ found["ours"] = {error}
 stuck["Liger"] = lambda: time.sleep(100)
 main("--shapes", "OLMoE", "--seconds", "2")
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == int(error > 1e-2), result.stdout + result.stderr
+    run_with_fakes(code, tmp_path / "page.md", returns=int(error > 1e-2))
     page = (tmp_path / "page.md").read_text()
     assert "- OLMoE-1B-7B, Liger: the time was up here" in page
     assert "| OLMoE-1B-7B | ScatterMoE |" in page
@@ -250,9 +248,7 @@ stuck["Liger"] = lambda: re.match("(a|a)*b", 100 * "a")
 command.SLACK = 1.0
 main("--shapes", "OLMoE", "--seconds", "2")
 """
-    result = run_with_fakes(code, tmp_path / "page.md")
-    assert result.returncode == 1
-    assert "Timeout" in result.stderr
+    assert "Timeout" in run_with_fakes(code, tmp_path / "page.md", returns=1)
     assert "| OLMoE-1B-7B | ScatterMoE |" in (tmp_path / "page.md").read_text()
 
 
