@@ -176,3 +176,20 @@ def test_gradients_are_those_of_differences(activation: str, ffn_dim: int) -> No
 
     leaves = [t.requires_grad_() for t in (x[:3].clone(), weights, w_up, w_down)]
     assert torch.autograd.gradcheck(ffn, leaves, **DIFFERENCES)
+
+
+def test_frozen_experts_pass_gradients_and_cost_no_product(monkeypatch) -> None:
+    x, rows, weights, counts, w_up, w_down, dy = make(COUNTS[0], torch.float16, "swiglu", 24, 40)
+    results = []
+    for frozen in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weights)]
+        both = [t.clone().requires_grad_(not frozen) for t in (w_up, w_down)]
+        y = expert_ffn(
+            leaves[0], rows, leaves[1], counts, *both, activation="swiglu", backend="triton"
+        )
+        y.backward(dy)
+        assert all((w.grad is None) == frozen for w in both)
+        results.append([leaf.grad for leaf in leaves])
+        monkeypatch.delattr("dmoe_kernels.experts.grouped_outer", raising=False)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
