@@ -116,13 +116,18 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
             if "EVEN_K" not in constants and not numbers.even_k:
                 continue
             fitting = candidates(
-                name, numbers.itemsize, shared_memory, wgmma=wgmma, even_k=numbers.even_k
+                name,
+                numbers.itemsize,
+                shared_memory,
+                wgmma=wgmma,
+                gluon=HAS_GLUON and (name, form) in _GLUON,
+                even_k=numbers.even_k,
             )
             for config in fitting[:1] if first_only or numbers.first_only else fitting:
-                if not config.gluon:
+                if config.gluon:
+                    yield _in_gluon(name, form, config, numbers)
+                else:
                     yield _product(name, form, kernel, pointers, constants, config, numbers)
-                elif HAS_GLUON and numbers == _NUMBERS[0] and (name, form) in _GLUON:
-                    yield _in_gluon(name, form, config)
     if wgmma:
         yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants, warps in _others():
@@ -176,32 +181,41 @@ def _product(
 
 
 def _layout(block: str) -> str:
-    """Return how Gluon lays a block of bfloat16 out in shared memory."""
-    shape = [int(size) for size in block[block.index("[") + 1 : -1].split(",")]
-    return f",{gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)!r}"
+    """Return how Gluon lays a block out in shared memory."""
+    dtype, sizes = block[:-1].split("[")
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[dtype]
+    shape = [int(size) for size in sizes.split(",")]
+    return f",{gl.NVMMASharedLayout.get_default_for(shape, element)!r}"
 
 
-_GATED = {"x": "bf16", "w_rows": "bf16[128,64]", "index": "i64", "weights": "fp32"}
+_GATED = {"x": "", "w_rows": "[128,64]", "index": "i64", "weights": "fp32"}
+_OUTER = {"gathered": "", "index": "i64", "offsets": "i32"}
 _GLUON: dict[tuple[str, str], dict[str, str | bool]] = {
-    ("up", "swiglu"): _GATED | {"a": "bf16", "a_rows": "bf16[64,128]", "TRANSPOSED": True},
-    ("gemm", "down"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[128,64]", "TRANSPOSED": True},
-    ("gemm", "dx"): {"x_rows": "bf16[64,64]", "w_rows": "bf16[64,256]", "TRANSPOSED": False},
-    ("outer", "dw_down"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
-    ("outer", "dw_up"): {"gathered": "bf16", "index": "i64", "offsets": "i32"},
+    ("up", "swiglu"): _GATED | {"a": "", "a_rows": "[64,128]", "TRANSPOSED": True},
+    ("gemm", "down"): {"x_rows": "[64,64]", "w_rows": "[128,64]", "TRANSPOSED": True},
+    ("gemm", "dx"): {"x_rows": "[64,64]", "w_rows": "[64,256]", "TRANSPOSED": False},
+    ("outer", "dw_down"): _OUTER,
+    ("outer", "dw_up"): _OUTER,
+    ("outer", "dw_down to fp32"): _OUTER,
+    ("outer", "dw_up to fp32"): _OUTER,
 }
+"""Forms in Gluon; what points at the dtype that is multiplied does not name it."""
 
 
-def _in_gluon(name: str, form: str, config: Config) -> Case:
+def _in_gluon(name: str, form: str, config: Config, numbers: _Numbers) -> Case:
     given = _GLUON[name, form]
     pointers = {key: value for key, value in given.items() if isinstance(value, str)}
     constants = {key: value for key, value in given.items() if isinstance(value, bool)}
     constants |= {"STAGES": config.stages, "GROUP_M": config.group_m}
     if name == "outer":
-        kernel, gather_a = gluon_outer.outer_kernel, form == "dw_down"
+        kernel, gather_a = gluon_outer.outer_kernel, form.startswith("dw_down")
         left_is_a = gluon_outer.left_side_is_a(config, gather_a)
         gather_left, groups = left_is_a == gather_a, config.block_m // 64
-        pointers["in_order"] = f"bf16[64,{256 if gather_left else 64}]"
-        pointers["out_rows"] = "bf16[64,128]" if left_is_a else "bf16[128,64]"
+        pointers["in_order"] = f"[64,{256 if gather_left else 64}]"
+        wide = form.endswith("fp32")
+        stored = (64, 64 if wide else 128)
+        block = ",".join(map(str, stored if left_is_a else stored[::-1]))
+        pointers["out_rows"] = f"{'fp32' if wide else ''}[{block}]"
         constants = {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": groups}
         constants |= {"STAGES": config.stages, "GROUP_SIZE": config.group_m}
         warps, registers = gluon_outer.LOAD_WARPS, gluon_outer.load_registers(config)
@@ -209,17 +223,21 @@ def _in_gluon(name: str, form: str, config: Config) -> Case:
         constants |= {"MULTIPLY_REGISTERS": register_split(groups, warps, registers)}
     else:
         kernel = gluon_up.forward_kernel
-        pointers |= {"z": "bf16", "z_rows": "bf16[64,128]", "table": "i32", "offsets": "i32"}
+        pointers |= {"z": "", "z_rows": "[64,128]", "table": "i32", "offsets": "i32"}
         load_warps = 4 if name == "up" else 1
         split = register_split(2, load_warps, gluon_up.LOAD_REGISTERS)
         constants |= {"LOAD_WARPS": load_warps, "LOAD_REGISTERS": gluon_up.LOAD_REGISTERS}
         constants |= {"MULTIPLY_REGISTERS": split}
         absent = {"x", "x_rows", "index", "weights", "a", "a_rows"} - pointers.keys()
         constants |= dict.fromkeys(absent)
+    pointers = {
+        key: value if value[:1].isalpha() else numbers.dtype + value
+        for key, value in pointers.items()
+    }
     block = f"{config.block_m}x{config.block_n}x{config.block_k}"
     return Case(
         name,
-        f"{form}, Gluon",
+        f"{form}{numbers.label}, Gluon",
         kernel,
         pointers,
         constants,
@@ -252,8 +270,12 @@ def _products(numbers: _Numbers) -> Iterator[tuple[str, str, Any, dict[str, str]
     for name, form, gather_a, out in (
         ("outer", "dw_down", True, numbers.dtype),
         ("outer", "dw_up", False, numbers.dtype),
+        ("outer", "dw_down to fp32", True, "fp32"),
+        ("outer", "dw_up to fp32", False, "fp32"),
         ("outer_add", "dw_up, fp32", False, "fp32"),
     ):
+        if form.endswith(" to fp32") and numbers.itemsize == 4:
+            continue
         constants = {"GATHER_A": gather_a, "ACCUMULATE": name == "outer_add"}
         yield name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants
 
