@@ -123,11 +123,11 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
                 gluon=HAS_GLUON and (name, form) in _GLUON,
                 even_k=numbers.even_k,
             )
-            for config in fitting[:1] if first_only or numbers.first_only else fitting:
-                if config.gluon:
-                    yield _in_gluon(name, form, config, numbers)
-                else:
-                    yield _product(name, form, kernel, pointers, constants, config, numbers)
+            if first_only or numbers.first_only:  # of each language
+                fitting = list({config.gluon: config for config in reversed(fitting)}.values())
+            for config in fitting:
+                case = _in_gluon if config.gluon else _product
+                yield case(name, form, kernel, pointers, constants, config, numbers)
     if wgmma:
         yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants, warps in _others():
@@ -188,62 +188,61 @@ def _layout(block: str) -> str:
     return f",{gl.NVMMASharedLayout.get_default_for(shape, element)!r}"
 
 
-_GATED = {"x": "", "w_rows": "[128,64]", "index": "i64", "weights": "fp32"}
-_OUTER = {"gathered": "", "index": "i64", "offsets": "i32"}
-_GLUON: dict[tuple[str, str], dict[str, str | bool]] = {
-    ("up", "swiglu"): _GATED | {"a": "", "a_rows": "[64,128]", "TRANSPOSED": True},
-    ("gemm", "down"): {"x_rows": "[64,64]", "w_rows": "[128,64]", "TRANSPOSED": True},
-    ("gemm", "dx"): {"x_rows": "[64,64]", "w_rows": "[64,256]", "TRANSPOSED": False},
-    ("outer", "dw_down"): _OUTER,
-    ("outer", "dw_up"): _OUTER,
-    ("outer", "dw_down to fp32"): _OUTER,
-    ("outer", "dw_up to fp32"): _OUTER,
+_GATED = {"x": "T", "w_rows": "T[128,64]", "index": "i64", "weights": "fp32"}
+_GLUON: dict[tuple[str, str], dict[str, str]] = {
+    ("up", "swiglu"): _GATED | {"a": "T", "a_rows": "T[64,128]"},
+    ("gemm", "down"): {"x_rows": "T[64,64]", "w_rows": "T[128,64]"},
+    ("gemm", "dx"): {"x_rows": "T[64,64]", "w_rows": "T[64,256]"},
+    ("outer", "dw_down"): {"gathered": "T"},
+    ("outer", "dw_up"): {"gathered": "T"},
+    ("outer", "dw_down to fp32"): {"gathered": "T"},
+    ("outer", "dw_up to fp32"): {"gathered": "T"},
 }
-"""Forms in Gluon; what points at the dtype that is multiplied does not name it."""
+"""Forms in Gluon, with the pointers that differ; T is the dtype that is multiplied."""
 
 
-def _in_gluon(name: str, form: str, config: Config, numbers: _Numbers) -> Case:
-    given = _GLUON[name, form]
-    pointers = {key: value for key, value in given.items() if isinstance(value, str)}
-    constants = {key: value for key, value in given.items() if isinstance(value, bool)}
-    constants |= {"STAGES": config.stages, "GROUP_M": config.group_m}
+def _in_gluon(
+    name: str,
+    form: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    config: Config,
+    numbers: _Numbers,
+) -> Case:
+    mine = dict(_GLUON[name, form])
     if name == "outer":
-        kernel, gather_a = gluon_outer.outer_kernel, form.startswith("dw_down")
+        kernel, gather_a, out = gluon_outer.outer_kernel, constants["GATHER_A"], pointers["out"]
         left_is_a = gluon_outer.left_side_is_a(config, gather_a)
         gather_left, groups = left_is_a == gather_a, config.block_m // 64
-        pointers["in_order"] = f"[64,{256 if gather_left else 64}]"
-        wide = form.endswith("fp32")
-        stored = (64, 64 if wide else 128)
-        block = ",".join(map(str, stored if left_is_a else stored[::-1]))
-        pointers["out_rows"] = f"{'fp32' if wide else ''}[{block}]"
-        constants = {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": groups}
-        constants |= {"STAGES": config.stages, "GROUP_SIZE": config.group_m}
+        mine |= {"in_order": f"T[64,{256 if gather_left else 64}]", "index": "i64"}
+        stored = ["64", "64" if out == "fp32" else "128"]
+        mine |= {"out_rows": f"{out}[{','.join(stored if left_is_a else stored[::-1])}]"}
+        mine |= {"offsets": "i32"}
+        chosen = {"GATHER_LEFT": gather_left, "LEFT_IS_A": left_is_a, "GROUPS": groups}
+        chosen |= {"STAGES": config.stages, "GROUP_SIZE": config.group_m}
         warps, registers = gluon_outer.LOAD_WARPS, gluon_outer.load_registers(config)
-        constants |= {"LOAD_WARPS": warps, "LOAD_REGISTERS": registers}
-        constants |= {"MULTIPLY_REGISTERS": register_split(groups, warps, registers)}
+        chosen |= {"LOAD_WARPS": warps, "LOAD_REGISTERS": registers}
+        chosen |= {"MULTIPLY_REGISTERS": register_split(groups, warps, registers)}
     else:
         kernel = gluon_up.forward_kernel
-        pointers |= {"z": "", "z_rows": "[64,128]", "table": "i32", "offsets": "i32"}
+        mine |= {"z": "T", "z_rows": "T[64,128]", "table": "i32", "offsets": "i32"}
         load_warps = 4 if name == "up" else 1
         split = register_split(2, load_warps, gluon_up.LOAD_REGISTERS)
-        constants |= {"LOAD_WARPS": load_warps, "LOAD_REGISTERS": gluon_up.LOAD_REGISTERS}
-        constants |= {"MULTIPLY_REGISTERS": split}
-        absent = {"x", "x_rows", "index", "weights", "a", "a_rows"} - pointers.keys()
-        constants |= dict.fromkeys(absent)
-    pointers = {
-        key: value if value[:1].isalpha() else numbers.dtype + value
-        for key, value in pointers.items()
-    }
-    block = f"{config.block_m}x{config.block_n}x{config.block_k}"
+        chosen = {"TRANSPOSED": constants.get("TRANSPOSED", True), "STAGES": config.stages}
+        chosen |= {"GROUP_M": config.group_m, "LOAD_WARPS": load_warps}
+        chosen |= {"LOAD_REGISTERS": gluon_up.LOAD_REGISTERS, "MULTIPLY_REGISTERS": split}
+        absent = {"x", "x_rows", "index", "weights", "a", "a_rows"} - mine.keys()
+        chosen |= dict.fromkeys(absent)
     return Case(
         name,
         f"{form}{numbers.label}, Gluon",
         kernel,
-        pointers,
-        constants,
+        {key: value.replace("T", numbers.dtype) for key, value in mine.items()},
+        chosen,
         config.warps,
         config.stages,
-        block,
+        f"{config.block_m}x{config.block_n}x{config.block_k}",
         gluon=True,
     )
 

@@ -162,7 +162,7 @@ def find_tile(tile, sizes, GROUP_M: tl.constexpr):
     num_n = size_h // 256
     width = GROUP_M * num_n
     first = tile // width * GROUP_M
-    # At least 1, as past the last tile something must be divided by, too.
+    # At least 1: past the last tile no rows may be left, and dividing by 0 is undefined.
     size = gl.maximum(gl.minimum(num_m - first, GROUP_M), 1)
     local = tile % width
     place = table + first + local % size
