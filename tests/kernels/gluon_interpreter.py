@@ -195,7 +195,9 @@ class Kernel:
         def launch(*args: Any, num_warps: int, **constants: Any) -> None:
             args = tuple(Pointer(a) if isinstance(a, torch.Tensor) else a for a in args)
             order = self.interpreter.order
-            for number in range(grid[0]):
+            # In both directions, so that what a program writes to rows of another does not always
+            # vanish under what that one writes later.
+            for number in sorted(range(grid[0]), reverse=order.copies_late):
                 self.interpreter.program = Program(number, grid[0], num_warps, order)
                 self.fn(*args, **constants)
 
