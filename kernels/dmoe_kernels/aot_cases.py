@@ -3,6 +3,7 @@
 Ints that a model makes multiples of 16 are told to the compiler as such, as the launch does.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -314,9 +315,10 @@ def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
     pointers = {"counts": "i64", "table": "i32", "offsets": "i32"}
     constants = {"BLOCK_M": 128, "BLOCK_E": 128}
     yield "tiles", "128 experts", tiles.tile_table_kernel, pointers, constants, 4
-    pointers = {"y": "bf16", "x": "bf16", "by_source": "i64", "offsets": "i64"}
-    constants = {"BLOCK_J": 8, "BLOCK_D": 1024}
-    yield "combine", "dim 2048", combine.gather_sum_kernel, pointers, constants, 4
+    for dtype in ("bf16", "fp32"):
+        pointers = {"y": dtype, "x": dtype, "by_source": "i64", "offsets": "i64"}
+        constants = {"BLOCK_J": 8, "BLOCK_D": 1024}
+        yield "combine", f"dim 2048, {dtype}", combine.gather_sum_kernel, pointers, constants, 4
     yield from _routing()
     yield from _slots()
     yield from _wire()
@@ -335,8 +337,10 @@ def _routing() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], 
         constants = {"SCORE": score} | flags | sizes | {"BLOCK_K": 8}
         form = f"{score}, 128 experts, k 8"
         yield "weigh", form, routing.weigh_kernel, pointers, constants, 4
-        constants |= {"HAS_DSCORES": True, "HAS_DWEIGHTS": True}
-        yield "weigh", f"{form}, backward", routing.weigh_backward_kernel, pointers, constants, 4
+        for of in ("both", "scores", "weights"):
+            given = {"HAS_DSCORES": of != "weights", "HAS_DWEIGHTS": of != "scores"}
+            name, kernel = f"{form}, backward of {of}", routing.weigh_backward_kernel
+            yield "weigh", name, kernel, pointers, constants | given, 4
 
 
 def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
@@ -359,8 +363,9 @@ def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], in
 def _wire() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
     pointers = {"x": "bf16", "wire": "u8", "by_source": "i64", "offsets": "i64"}
     sizes = {"BLOCKS": 16}
-    kernel, constants = wire.quantize_kernel, {"HAS_MAP": True} | sizes
-    yield "wire", "quantize, dim 2048", kernel, pointers, constants, 4
+    for form, has_map in (("quantize", True), ("quantize, no map", False)):
+        constants = {"HAS_MAP": has_map} | sizes
+        yield "wire", f"{form}, dim 2048", wire.quantize_kernel, pointers, constants, 4
     yield "wire", "dequantize, dim 2048", wire.dequantize_kernel, pointers, sizes, 4
 
 
@@ -380,7 +385,7 @@ def _mean_mask_products(target: str) -> Iterator[Case]:
     pointers = dict.fromkeys(("z", "w", "scores", "dscores"), "fp32") | {"bits": "u8"}
     pointers |= dict.fromkeys(("hidden", "a", "da", "dhidden"), "bf16")
     forms = [("scores", "float32", latent_scores.scores_kernel, {}, latent_scores.SCORES)]
-    for activation, hard in (("swiglu", False), ("gelu", False), ("relu", False), ("relu", True)):
+    for activation, hard in itertools.product(("swiglu", "gelu", "relu"), (False, True)):
         constants = {"ACTIVATION": activation, "HARD": hard}
         for direction, kernel in (
             ("", mean_mask.forward_kernel),
