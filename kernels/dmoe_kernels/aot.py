@@ -78,7 +78,7 @@ def compile_case(case: Case, target: str) -> Evidence:
 
         source = _runtime.GluonASTSource
     compiled = triton.compile(
-        source(case.kernel, case.signature(), case.constants(), case.attributes()),
+        source(case.kernel, case.signature(), case.constants(), case.attributes(target)),
         target=TARGETS[target],
         options={"num_warps": case.warps, "num_stages": case.stages},
     )

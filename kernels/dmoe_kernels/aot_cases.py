@@ -66,14 +66,17 @@ class Case:
         names = self.kernel.arg_names
         return {(names.index(name),): value for name, value in self.constexprs.items()}
 
-    def attributes(self) -> dict[tuple[int], Any]:
-        """Return which arguments are multiples of 16."""
-        return {
-            (place,): [["tt.divisibility", 16]]
-            for place, name in enumerate(self.kernel.arg_names)
-            if (name in _SIZES or "[" not in self.pointers.get(name, "["))
-            and name not in self.constexprs
-        }
+    def attributes(self, target: str) -> dict[tuple[int], Any]:
+        """Return which arguments are multiples of 16, and on gfx942 which tensors are small."""
+        attributes = {}
+        for place, name in enumerate(self.kernel.arg_names):
+            is_pointer = "[" not in self.pointers.get(name, "[")
+            if (is_pointer or name in _SIZES) and name not in self.constexprs:
+                attributes[place,] = [["tt.divisibility", 16]]
+                # A launch says so of tensors below 2 GiB; the code is another then.
+                if is_pointer and target == "gfx942":
+                    attributes[place,].append(["tt.pointer_range", 32])
+        return attributes
 
     def _type(self, name: str) -> str:
         if name in self.constexprs:
@@ -106,6 +109,7 @@ _NUMBERS = (
     _Numbers("fp16", ", fp16"),
     _Numbers("fp32", ", fp32 by TF32", first_only=False),
     _Numbers("fp32", ", fp32", precision="ieee", first_only=False),
+    _Numbers("fp32", ", fp32, ragged K", precision="ieee", even_k=False, first_only=False),
 )
 
 
@@ -272,6 +276,7 @@ def _products(numbers: _Numbers) -> Iterator[tuple[str, str, Any, dict[str, str]
         ("outer", "dw_up", False, numbers.dtype),
         ("outer", "dw_down to fp32", True, "fp32"),
         ("outer", "dw_up to fp32", False, "fp32"),
+        ("outer_add", "dw_down, fp32", True, "fp32"),
         ("outer_add", "dw_up, fp32", False, "fp32"),
     ):
         if form.endswith(" to fp32") and numbers.itemsize == 4:
@@ -328,19 +333,24 @@ def _others() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
 def _routing() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
     floats = ("logits", "bias", "scores_out", "weights", "dscores", "dweights", "dlogits")
     pointers = dict.fromkeys(floats, "fp32") | {"ids": "i64", "k_of_token": "i64", "valid": "u8"}
-    sizes = {"BLOCK_T": 16, "BLOCK_E": 128}
+    experts, top_k = 128, 8
+    block_t, block_e = routing.blocks(experts)
     for score in ("softmax", "sigmoid"):
+        sizes = {"SCORE": score, "BLOCK_T": block_t, "BLOCK_E": block_e}
+        form = f"{score}, {experts} experts"
         flags = dict.fromkeys(("HAS_BIAS", "HAS_K", "HAS_VALID"), True)
-        constants = {"SCORE": score} | flags | sizes
-        yield "select", f"{score}, 128 experts", routing.select_kernel, pointers, constants, 4
-        flags = {"OVER_CHOICE": False, "NORMALIZE": True}
-        constants = {"SCORE": score} | flags | sizes | {"BLOCK_K": 8}
-        form = f"{score}, 128 experts, k 8"
-        yield "weigh", form, routing.weigh_kernel, pointers, constants, 4
-        for of in ("both", "scores", "weights"):
-            given = {"HAS_DSCORES": of != "weights", "HAS_DWEIGHTS": of != "scores"}
-            name, kernel = f"{form}, backward of {of}", routing.weigh_backward_kernel
-            yield "weigh", name, kernel, pointers, constants | given, 4
+        yield "select", form, routing.select_kernel, pointers, flags | sizes, 4
+        for over_choice, normalize in itertools.product((False, True), repeat=2):
+            if over_choice and score == "sigmoid":
+                continue
+            gates = {"OVER_CHOICE": over_choice, "NORMALIZE": normalize}
+            gates |= sizes | {"BLOCK_K": top_k}
+            of = f"{form}, k {top_k}{', over choice' * over_choice}{', normalised' * normalize}"
+            yield "weigh", of, routing.weigh_kernel, pointers, gates, 4
+            for given in ("both", "scores", "weights"):
+                has = {"HAS_DSCORES": given != "weights", "HAS_DWEIGHTS": given != "scores"}
+                kernel, name = routing.weigh_backward_kernel, f"{of}, backward of {given}"
+                yield "weigh", name, kernel, pointers, gates | has, 4
 
 
 def _slots() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
@@ -372,12 +382,12 @@ def _wire() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int
 def _mean_mask() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int]]:
     pointers = {"scores": "fp32", "bits": "u8", "passes": "i32", "valid": "u8"}
     pointers |= dict.fromkeys(("hidden", "a"), "bf16")
-    for activation, valid in (("none", False), ("swiglu", True), ("gelu", False), ("relu", True)):
+    for activation, width in itertools.product(("none", "swiglu", "gelu", "relu"), (3072, 8192)):
         constants = {"ACTIVATION": activation, "HARD": activation in ("none", "relu")}
-        constants |= {"HAS_VALID": valid, "COUNT_PASSES": False}
-        constants |= {"width": 3072, "PARTS": 3, "BLOCK_F": 1024}
-        form = f"{activation}, 3072 neurons"
-        yield "choose", form, chosen_masks.choose_kernel, pointers, constants, 4
+        constants |= {"HAS_VALID": activation in ("swiglu", "relu"), "COUNT_PASSES": False}
+        sizes, warps = chosen_masks.blocks(width)
+        form = f"{activation}, {width} neurons"
+        yield "choose", form, chosen_masks.choose_kernel, pointers, constants | sizes, warps
 
 
 def _mean_mask_products(target: str) -> Iterator[Case]:

@@ -88,7 +88,7 @@ def _choose(
     scale: float = 1.0,
 ) -> None:
     num_tokens, samples, width = scores_CKF.shape
-    block = max(16, triton.next_power_of_2(width) // 4)
+    sizes, warps = blocks(width)
     # The score that a share of a normal distribution is above: where the search begins.
     share = (num_active - 0.5) / width
     choose_kernel[(num_tokens,)](
@@ -106,11 +106,16 @@ def _choose(
         HARD=hard,
         HAS_VALID=valid_C is not None,
         COUNT_PASSES=passes is not None,
-        width=width,
-        PARTS=triton.cdiv(width, block),
-        BLOCK_F=block,
-        num_warps=min(16, max(1, block // 256)),
+        **sizes,
+        num_warps=warps,
     )
+
+
+def blocks(width: int) -> tuple[dict[str, int], int]:
+    """Return the constants for rows of `width` scores, and the warps that hold one."""
+    block = max(16, triton.next_power_of_2(width) // 4)
+    sizes = {"width": width, "PARTS": triton.cdiv(width, block), "BLOCK_F": block}
+    return sizes, min(16, max(1, block // 256))
 
 
 @triton.jit

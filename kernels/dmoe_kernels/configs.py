@@ -96,7 +96,7 @@ CANDIDATES = {
         Config(128, 128, 64, 8, 4, 8, tma=True),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 64, 8, 3),
-        Config(128, 64, 64, 8, 3),
+        Config(128, 64, 64, 8, 4),
         Config(128, 64, 32, 8, 3),
         Config(64, 64, 32, 4, 2),
     ],
@@ -119,7 +119,7 @@ assert all(
 )
 
 # Rows in float32, whose products may be exact: without tensor cores, and all operands in registers.
-# By whether products read both sides from shared memory.
+# By whether products read both sides from shared memory, and need no masks along K.
 _WIDE = {
     True: [
         Config(64, 64, 64, 8, 3),
@@ -172,7 +172,7 @@ def candidates(
     """
     fitting = [
         config
-        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE[wgmma])
+        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE[wgmma and even_k])
         if bytes_needed(config, itemsize) <= shared_memory
         and ((wgmma and even_k) or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))

@@ -38,7 +38,7 @@ def select(
     num_tokens, num_experts = logits_TE.shape
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     if ids_TK.numel():
-        block_t, block_e = _blocks(num_experts)
+        block_t, block_e = blocks(num_experts)
         select_kernel[(triton.cdiv(num_tokens, block_t),)](
             logits_TE.contiguous(),
             logits_TE if bias_E is None else bias_E,
@@ -80,7 +80,7 @@ def weigh(
     num_tokens, num_experts = logits_TE.shape
     scores_TE, weights_TK = torch.empty_like(logits_TE), logits_TE.new_empty(ids_TK.shape)
     if num_tokens:
-        block_t, block_e = _blocks(num_experts)
+        block_t, block_e = blocks(num_experts)
         weigh_kernel[(triton.cdiv(num_tokens, block_t),)](
             logits_TE,
             ids_TK,
@@ -115,7 +115,7 @@ def weigh_backward(
     num_tokens, num_experts = logits_TE.shape
     dlogits_TE = torch.empty_like(logits_TE)
     if num_tokens:
-        block_t, block_e = _blocks(num_experts)
+        block_t, block_e = blocks(num_experts)
         weigh_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
             logits_TE,
             ids_TK,
@@ -138,7 +138,7 @@ def weigh_backward(
     return dlogits_TE
 
 
-def _blocks(num_experts: int) -> tuple[int, int]:
+def blocks(num_experts: int) -> tuple[int, int]:
     """Return the tokens and the experts that a program has in registers."""
     block_e = triton.next_power_of_2(num_experts)
     return max(1, min(32, 2048 // block_e)), block_e

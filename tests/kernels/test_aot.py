@@ -5,6 +5,7 @@ ptxas and cuobjdump, which its Linux wheels have.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_tables_of_other_targets_stay(tmp_path: Path) -> None:
     sections = [line for line in out.read_text().splitlines() if line.startswith("## ")]
     assert [name.split(", ")[1] for name in sections] == ["sm_80", "sm_90", "sm_90"]
     assert "\nold\n" in out.read_text()
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_the_page_has_all_cases(target: str) -> None:
+    """Of each release that it names; those in Gluon, which not every release has, left aside."""
+    pages = re.findall(
+        rf"^## Triton [\d.]+, {target}$(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.M | re.S
+    )
+    want = [f"| {c.name} | {c.form} | {c.block} |" for c in aot.cases(target, first_only=False)]
+    for page in pages:
+        rows = re.findall(r"^\| \w+ \| .*? \| [\dx]+ \|", page, re.M)
+        assert [row for row in rows if "Gluon" not in row] == [
+            row for row in want if "Gluon" not in row
+        ]
+    assert pages
 
 
 @pytest.mark.parametrize(
