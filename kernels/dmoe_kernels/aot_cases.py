@@ -113,26 +113,39 @@ _NUMBERS = (
 )
 
 
+class _Product(NamedTuple):
+    """A product in Triton, in no config yet."""
+
+    name: str
+    form: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+
+
 def cases(target: str, *, first_only: bool) -> Iterator[Case]:
-    """Yield what is compiled for a target; with `first_only` the default config of each form."""
+    """Yield what is compiled for a target.
+
+    With `first_only` it is the first config of each form, in either language.
+    """
     shared_memory, wgmma = LIMITS[target]
     for numbers in _NUMBERS:
-        for name, form, kernel, pointers, constants in _products(numbers):
-            if "EVEN_K" not in constants and not numbers.even_k:
+        for product in _products(numbers):
+            if "EVEN_K" not in product.constants and not numbers.even_k:
                 continue
             fitting = candidates(
-                name,
+                product.name,
                 numbers.itemsize,
                 shared_memory,
                 wgmma=wgmma,
-                gluon=HAS_GLUON and (name, form) in _GLUON,
+                gluon=HAS_GLUON and (product.name, product.form) in _GLUON,
                 even_k=numbers.even_k,
             )
-            if first_only or numbers.first_only:  # of each language
+            if first_only or numbers.first_only:
                 fitting = list({config.gluon: config for config in reversed(fitting)}.values())
             for config in fitting:
-                case = _in_gluon if config.gluon else _product
-                yield case(name, form, kernel, pointers, constants, config, numbers)
+                case = _in_gluon if config.gluon else _in_triton
+                yield case(product, config, numbers)
     if wgmma:
         yield from _fp8_products(first_only=first_only)
     for name, form, kernel, pointers, constants, warps in _others():
@@ -141,15 +154,8 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
     yield from _mean_mask_products(target)
 
 
-def _product(
-    name: str,
-    form: str,
-    kernel: Any,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    config: Config,
-    numbers: _Numbers,
-) -> Case:
+def _in_triton(product: _Product, config: Config, numbers: _Numbers) -> Case:
+    name, form, kernel, pointers, constants = product
     block_m, block_n, block_k = config.block_m, config.block_n, scaled_k(config, numbers.itemsize)
     if constants.get("GATHER_A"):
         block_m, block_n = block_n, block_m
@@ -206,18 +212,12 @@ _GLUON: dict[tuple[str, str], dict[str, str]] = {
 """Forms in Gluon, with the pointers that differ; T is the dtype that is multiplied."""
 
 
-def _in_gluon(
-    name: str,
-    form: str,
-    kernel: Any,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    config: Config,
-    numbers: _Numbers,
-) -> Case:
+def _in_gluon(product: _Product, config: Config, numbers: _Numbers) -> Case:
+    name, form, constants = product.name, product.form, product.constants
     mine = dict(_GLUON[name, form])
     if name == "outer":
-        kernel, gather_a, out = gluon_outer.outer_kernel, constants["GATHER_A"], pointers["out"]
+        kernel, out = gluon_outer.outer_kernel, product.pointers["out"]
+        gather_a = constants["GATHER_A"]
         left_is_a = gluon_outer.left_side_is_a(config, gather_a)
         gather_left, groups = left_is_a == gather_a, config.block_m // 64
         mine |= {"in_order": f"T[64,{256 if gather_left else 64}]", "index": "i64"}
@@ -255,21 +255,21 @@ def _in_gluon(
 _TILES = {"index": "i64", "table": "i32", "offsets": "i32"}
 
 
-def _products(numbers: _Numbers) -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield name, form, kernel, pointers and constants of the kernels that multiply matrices."""
+def _products(numbers: _Numbers) -> Iterator[_Product]:
+    """Yield the products of matrices, forward and backward."""
     rows = dict.fromkeys(("x", "w", "z", "a"), numbers.dtype) | {"weights": "fp32"} | _TILES
     for activation in ("swiglu", "gelu", "relu"):
         constants = {"ACTIVATION": activation, "EVEN_K": numbers.even_k}
-        yield "up", activation, up.up_kernel, rows, constants
+        yield _Product("up", activation, up.up_kernel, rows, constants)
     gemm = dict.fromkeys(("a", "w", "y"), numbers.dtype) | _TILES
     for form, transposed in (("down", True), ("dx", False)):
         constants = {"TRANSPOSED": transposed, "EVEN_K": numbers.even_k}
-        yield "gemm", form, grouped_gemm.gemm_kernel, gemm, constants
+        yield _Product("gemm", form, grouped_gemm.gemm_kernel, gemm, constants)
     back = dict.fromkeys(("dy", "w", "z", "dz_", "a"), numbers.dtype) | _TILES
     back |= {"weights": "fp32", "parts": "fp32"}
     for activation in ("swiglu", "gelu", "relu"):
         constants = {"ACTIVATION": activation, "EVEN_K": numbers.even_k}
-        yield "dz", activation, dz.dz_kernel, back, constants
+        yield _Product("dz", activation, dz.dz_kernel, back, constants)
     outer = {"a": numbers.dtype, "b": numbers.dtype, "offsets": "i32", "index": "i64"}
     for name, form, gather_a, out in (
         ("outer", "dw_down", True, numbers.dtype),
@@ -282,7 +282,7 @@ def _products(numbers: _Numbers) -> Iterator[tuple[str, str, Any, dict[str, str]
         if form.endswith(" to fp32") and numbers.itemsize == 4:
             continue
         constants = {"GATHER_A": gather_a, "ACCUMULATE": name == "outer_add"}
-        yield name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants
+        yield _Product(name, form, grouped_gemm.outer_kernel, outer | {"out": out}, constants)
 
 
 def _fp8_products(*, first_only: bool) -> Iterator[Case]:

@@ -45,13 +45,12 @@ def check(holds: bool, fault: str) -> None:
 
 
 class Order(NamedTuple):
-    """When what is asynchronous is done, and the seed of who goes on."""
+    """When what is asynchronous is done."""
 
     copies_late: bool
     """Copies to shared memory: at once, or in any order when all partitions wait."""
     reads_late: bool
     """Products and stores from shared memory: at once, or when they are waited for."""
-    seed: int = 0
 
 
 class Dtype(NamedTuple):
@@ -271,7 +270,7 @@ class Program:
 
     def __init__(self, number: int, grid: int, warps: int, order: Order) -> None:
         self.number, self.grid, self.order = number, grid, order
-        self.draw = random.Random(f"{order.seed} {number}")
+        self.draw = random.Random(number)
         self.partitions = [Partition(0, warps)]
         self.running = self.partitions[0]
         self.turn = threading.Condition()
