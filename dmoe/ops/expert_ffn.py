@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmoe.ops.activation import Activation, activate, activate_backward
+from dmoe.ops.activation import Activation, activate_backward, activate_weighted
 from dmoe.ops.backend import Backend, ResolvedBackend, resolve_backend
 from dmoe.ops.fp8 import ExpertDtype, check_widths, grouped_mm_fp8
 from dmoe.ops.grouped_mm import grouped_mm, grouped_outer
@@ -161,7 +161,7 @@ class _ExpertFFN(torch.autograd.Function):
         else:
             multiply = _product(options.dtype, backend)
             z_RH = multiply(take_rows(x_ND, rows), w_up, counts_E)
-            a_RF = activate(z_RH, activation).mul_(weights_R[:, None])
+            a_RF = activate_weighted(z_RH, weights_R, activation)
             y_ND = sum_rows(multiply(a_RF, w_down_EDF, counts_E), rows)
         kept_RH = None if options.recompute else z_RH
         ctx.save_for_backward(x_ND, weights_R, w_up, w_down_EDF, kept_RH, counts_E, *rows)

@@ -9,7 +9,7 @@ import statistics
 
 import torch
 from harness import measure, parse_settings, ratio, report
-from moe_layer import D, F, K, T, build_ours, passes
+from moe_layer import NARROW, D, T, build_ours, passes
 from training_throughput import CONFIG, our_step, random_batch
 
 from dmoe.config import load_config
@@ -24,7 +24,8 @@ def main() -> None:
     x_TD, dy_TD = torch.randn(T, D, requires_grad=True), torch.randn(T, D)
     layers, steps = {}, {}
     for num_experts in NUM_EXPERTS:
-        _, layers[f"{num_experts}"] = passes(build_ours(torch.float32, num_experts), x_TD, dy_TD)
+        ours = build_ours(torch.float32, NARROW._replace(num_experts=num_experts))
+        _, layers[f"{num_experts}"] = passes(ours, x_TD, dy_TD)
         overrides = ["parallel.ep=1", f"model.moe.num_experts={num_experts}"]
         config = load_config(CONFIG, overrides, Config)
         steps[f"{num_experts}"] = our_step(config, random_batch(config))
@@ -39,8 +40,8 @@ def main() -> None:
         rows.append(row)
     report(
         "Growth of experts at constant active parameters",
-        f"Layer: T={T}, D={D}, F={F}, K={K}, float32, forward with backward. Step: a training step "
-        "of configs/quickstart.yaml with that many experts.",
+        f"Layer: T={T}, D={D}, F={NARROW.ffn_dim}, K={NARROW.top_k}, float32, forward with "
+        "backward. Step: a training step of configs/quickstart.yaml with that many experts.",
         ["experts", "layer ms", f"/ {first} experts", "step ms", f"/ {first} experts"],
         rows,
         settings=settings.describe(),

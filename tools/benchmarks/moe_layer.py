@@ -2,33 +2,50 @@
 
     pip install -e .[bench] && python tools/benchmarks/moe_layer.py [--rounds N] [--threads N]
 
-T=2048 tokens, D=512, F=128, E=32 experts, K=4, dropless (DeepSpeed: capacity 1.25), with router;
-forward, and forward with backward, in float32 and bfloat16. All have the same weights and tokens.
+T=2048 tokens, D=512, dropless (DeepSpeed: capacity 1.25), with router; many narrow experts (E=32,
+F=128, K=4), then few wide ones (E=8, F=1024, K=2). Forward, and forward with backward, in float32
+and bfloat16. All have the same weights and tokens.
 """
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from harness import measure, parse_settings, peer_version, ratio, report
+from harness import Settings, measure, parse_settings, peer_version, ratio, report
 from peers import Layer, deepspeed, hugging_face, plain_loop
 from torch import Tensor, nn
 
 from dmoe.moe import BatchTotals, MoEConfig, MoEContext, MoELayer
 
-T, D, F, E, K = 2048, 512, 128, 32, 4
+T, D = 2048, 512
+
+
+class Sizes(NamedTuple):
+    """Sizes of the experts of a layer."""
+
+    num_experts: int
+    ffn_dim: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"T={T}, D={D}, F={self.ffn_dim}, E={self.num_experts}, K={self.top_k}"
+
+
+NARROW, WIDE = Sizes(32, 128, 4), Sizes(8, 1024, 2)
 CAPACITY = 1.25
 TOTALS = BatchTotals(num_tokens=T, num_targets=T, num_sequences=1, num_micro_batches=1)
 
 
 def build_ours(
-    dtype: torch.dtype, num_experts: int = E
+    dtype: torch.dtype, sizes: Sizes
 ) -> tuple[MoELayer, Callable[[Tensor], list[Tensor]]]:
     """Build our layer with weights of `dtype`; the router computes in float32 all the same."""
     torch.manual_seed(0)
     config = MoEConfig(
-        num_experts=num_experts, expert_ffn_dim=F, router={"name": "top_k", "top_k": K}
+        num_experts=sizes.num_experts,
+        expert_ffn_dim=sizes.ffn_dim,
+        router={"name": "top_k", "top_k": sizes.top_k},
     )
     layer = MoELayer(config, dim=D)
     for parameter in layer.parameters():
@@ -41,12 +58,12 @@ def build_ours(
     return layer.to(dtype), forward
 
 
-def contenders(dtype: torch.dtype) -> dict[str, Layer | None]:
+def contenders(dtype: torch.dtype, sizes: Sizes) -> dict[str, Layer | None]:
     """Return every layer by its name; None where it is not installed."""
-    source, _ = build_ours(torch.float32)
-    layers: dict[str, Layer | None] = {"dmoe": build_ours(dtype)}
+    source, _ = build_ours(torch.float32, sizes)
+    layers: dict[str, Layer | None] = {"dmoe": build_ours(dtype, sizes)}
     if dtype != torch.float32:
-        layers["dmoe, float32 masters"] = build_ours(torch.float32)
+        layers["dmoe, float32 masters"] = build_ours(torch.float32, sizes)
     layers["transformers, eager"] = hugging_face(source, dtype, "eager")
     layers["transformers, grouped_mm"] = hugging_face(source, dtype, "grouped_mm")
     layers[f"deepspeed, capacity {CAPACITY}"] = deepspeed(source, dtype, CAPACITY)
@@ -71,14 +88,19 @@ def passes(layer: Layer, x_TD: Tensor, dy_TD: Tensor) -> tuple[Callable[[], None
     return forward, forward_backward
 
 
-def bare_gemms(counts_E: list[int], dtype: torch.dtype) -> tuple[Callable[[], None], ...]:
+def bare_gemms(
+    counts_E: list[int], ffn_dim: int, dtype: torch.dtype
+) -> tuple[Callable[[], None], ...]:
     """Return the two products of every expert, and the six with those of the backward pass."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
     groups = [
-        (random(n, D), random(n, 2 * F), random(n, F), random(2 * F, D), random(D, F))
+        tuple(
+            random(*shape)
+            for shape in ((n, D), (n, 2 * ffn_dim), (n, ffn_dim), (2 * ffn_dim, D), (D, ffn_dim))
+        )
         for n in counts_E
     ]
 
@@ -118,18 +140,17 @@ def saved_bytes(layer: Layer, x_TD: Tensor) -> tuple[int, int]:
     return wide, sum(size for _, size in sizes.values()) - wide
 
 
-def main() -> None:
-    """Measure and write the tables."""
-    settings = parse_settings(__doc__)
-    rows, saved = [], []
+def timed_rows(sizes: Sizes, settings: Settings) -> list[list[str]]:
+    """Time all layers in both precisions, and return the rows of the table."""
+    rows = []
     for dtype in (torch.float32, torch.bfloat16):
         x_TD = torch.randn(T, D).to(dtype).requires_grad_()
         dy_TD = torch.randn(T, D).to(dtype)
-        layers = contenders(dtype)
+        layers = contenders(dtype, sizes)
         ours, _ = layers["dmoe"]
         counts_E = ours.router(x_TD, MoEContext(seq_len=T)).counts_E.tolist()
         runs = {name: passes(layer, x_TD, dy_TD) for name, layer in layers.items() if layer}
-        runs["bare GEMMs"] = bare_gemms(counts_E, dtype)
+        runs["bare GEMMs"] = bare_gemms(counts_E, sizes.ffn_dim, dtype)
         forward, both = (
             measure({name: pair[i] for name, pair in runs.items()}, settings) for i in (0, 1)
         )
@@ -146,27 +167,42 @@ def main() -> None:
                     f"{ratio(times[name], times['bare GEMMs']):.2f}",
                 ]
             rows.append(row)
-        for name, layer in layers.items():
-            if layer and dtype == torch.bfloat16:
-                wide, rest = saved_bytes(layer, x_TD)
-                share = wide / (2 * T * D + 4 * T * K * F)
-                saved.append([name, f"{wide / 1e6:.2f}", f"{rest / 1e6:.2f}", f"{share:.2f}"])
+    return rows
+
+
+def saved_rows(sizes: Sizes) -> list[list[str]]:
+    """Measure what all layers keep in bfloat16, and return the rows of the table."""
+    x_TD = torch.randn(T, D).bfloat16().requires_grad_()
+    rows = []
+    for name, layer in contenders(torch.bfloat16, sizes).items():
+        if layer:
+            wide, rest = saved_bytes(layer, x_TD)
+            share = wide / (2 * T * D + 4 * T * sizes.top_k * sizes.ffn_dim)
+            rows.append([name, f"{wide / 1e6:.2f}", f"{rest / 1e6:.2f}", f"{share:.2f}"])
+    return rows
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    settings = parse_settings(__doc__)
     peers = f"{peer_version('transformers')}, {peer_version('deepspeed')}"
     columns = ["ms", "dmoe / it", "it / bare"]
-    report(
-        "MoE layer",
-        f"T={T}, D={D}, F={F}, E={E}, K={K}; forward, then forward with backward.",
-        ["precision", "layer", *(f"f {c}" for c in columns), *(f"f+b {c}" for c in columns)],
-        rows,
-        settings=settings.describe(),
-        peers=peers,
-    )
+    header = ["precision", "layer", *(f"f {c}" for c in columns), *(f"f+b {c}" for c in columns)]
+    for title, sizes in (("MoE layer", NARROW), ("MoE layer of few wide experts", WIDE)):
+        report(
+            title,
+            f"{sizes}; forward, then forward with backward.",
+            header,
+            timed_rows(sizes, settings),
+            settings=settings.describe(),
+            peers=peers,
+        )
     report(
         "MoE layer: activations saved for backward",
-        "The same layers in bfloat16; unique storages in MB, parameters excluded. The bound is "
+        f"{NARROW}, in bfloat16; unique storages in MB, parameters excluded. The bound is "
         "2TD + 4TKF bytes, x and gate/up alone; routing is what is not in bfloat16.",
         ["layer", "in bfloat16", "other dtypes", "bfloat16 / bound"],
-        saved,
+        saved_rows(NARROW),
         peers=peers,
     )
 
