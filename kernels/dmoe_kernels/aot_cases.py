@@ -33,6 +33,7 @@ from dmoe_kernels.gluon_common import HAS_GLUON, gl, register_split
 
 # Shared memory a program may use, and whether products read both sides from it.
 LIMITS = {"sm_80": (166_912, False), "sm_90": (232_448, True), "gfx942": (65_536, False)}
+LIMITS |= {"sm_89": (101_376, False), "sm_100": (232_448, False), "sm_120": (101_376, False)}
 _SIZES = ("size_l", "size_r", "size_m", "size_n", "size_k", "ffn_dim", "dim", "width")
 _SIZES += ("latent_dim", "size_h")
 

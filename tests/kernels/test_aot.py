@@ -33,7 +33,13 @@ def compile_all(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("target", "kernel"),
-    [("sm_80", "gemm"), ("sm_90", "up"), ("sm_90", "gemm_fp8"), ("gfx942", "dz")],
+    [
+        ("sm_80", "gemm"),
+        ("sm_90", "up"),
+        ("sm_90", "gemm_fp8"),
+        ("gfx942", "dz"),
+        ("sm_120", "gemm"),
+    ],
 )
 def test_a_few_configs(target: str, kernel: str, tmp_path: Path) -> None:
     out = tmp_path / "table.md"
@@ -53,7 +59,7 @@ def test_tables_of_other_targets_stay(tmp_path: Path) -> None:
     assert "\nold\n" in out.read_text()
 
 
-@pytest.mark.parametrize("target", list(aot.TARGETS))
+@pytest.mark.parametrize("target", aot.IN_THE_PAGE)
 def test_the_page_has_all_cases(target: str) -> None:
     """Of each release that it names; those in Gluon, which not every release has, left aside."""
     pages = re.findall(
@@ -92,6 +98,6 @@ def test_products_in_eight_bits_have_an_instruction_of_their_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", aot.IN_THE_PAGE)
 def test_every_config(target: str) -> None:
     compile_all("--target", target, "--out", str(DOCUMENT))
