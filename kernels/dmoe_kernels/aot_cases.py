@@ -290,24 +290,26 @@ def _fp8_products(*, first_only: bool) -> Iterator[Case]:
     """Yield the products in eight bits, which only sm_90 has."""
     scales = {"scales": "fp32", "a_scales": "fp32", "w_scales": "fp32", "x_scales": "fp32"}
     numbers = {"x": "fp8e4nv", "a": "fp8e4nv", "w": "fp8e4nv[128,128]", "numbers": "fp8e4nv"}
-    pointers = numbers | scales | _TILES | {"y": "bf16", "z": "bf16", "weights": "fp32"}
     forms = [("up_fp8", a, fp8_up.up_kernel, {"ACTIVATION": a}) for a in ("swiglu", "gelu", "relu")]
     forms.append(("gemm_fp8", "down, dx", fp8_gemm.gemm_kernel, {}))
-    for name, form, kernel, constants in forms:
-        for config in CANDIDATES[name][: 1 if first_only else None]:
-            sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-            yield Case(
-                name,
-                form,
-                kernel,
-                pointers,
-                constants | sizes | {"GROUP_M": config.group_m},
-                config.warps,
-                config.stages,
-                f"{config.block_m}x{config.block_n}x{fp8.BLOCK.value}",
-                eight_bits=True,
-            )
-    quantize = pointers | {"x": "bf16", "w": "bf16"}
+    for rows, label in (("bf16", ""), ("fp16", ", fp16"), ("fp32", ", fp32")):
+        pointers = numbers | scales | _TILES | {"y": rows, "z": rows, "weights": "fp32"}
+        for name, form, kernel, constants in forms:
+            configs = CANDIDATES["up_fp8_wide" if (name, rows) == ("up_fp8", "fp32") else name]
+            for config in configs[: 1 if first_only or rows != "bf16" else None]:
+                sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+                yield Case(
+                    name,
+                    form + label,
+                    kernel,
+                    pointers,
+                    constants | sizes | {"GROUP_M": config.group_m},
+                    config.warps,
+                    config.stages,
+                    f"{config.block_m}x{config.block_n}x{fp8.BLOCK.value}",
+                    eight_bits=True,
+                )
+    quantize = numbers | scales | {"x": "bf16", "w": "bf16"}
     for form, kernel, constants, warps in (
         ("rows", fp8.quantize_rows_kernel, {"BLOCKS": 32}, 4),
         ("weights", fp8.quantize_weights_kernel, {"TRANSPOSED": False}, 8),

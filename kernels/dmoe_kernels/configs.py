@@ -106,6 +106,8 @@ CANDIDATES = {
         Config(128, 128, 64, 8, 5, 8),
         Config(64, 256, 64, 8, 4, 8),
     ],
+    # Where z is in float32.
+    "up_fp8_wide": [Config(64, 256, 64, 8, 4, 8)],
     "gemm_fp8": [
         Config(128, 256, 64, 8, 4, 8),
         Config(128, 128, 64, 8, 5, 8),

@@ -37,7 +37,8 @@ def up(
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
         form = f"{activation} {name_of(x_ND.dtype)}"
-        config = choose("up_fp8", form, torch.float8_e4m3fn, shape, index_R.device, run)
+        kernel = "up_fp8_wide" if x_ND.itemsize == 4 else "up_fp8"
+        config = choose(kernel, form, torch.float8_e4m3fn, shape, index_R.device, run)
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     w = quantize_weights(w_up_EHD)
