@@ -25,6 +25,33 @@ def activate(z_RH: Tensor, activation: Activation) -> Tensor:
     return F.relu(z_RH)
 
 
+def activate_backward(
+    z: Tensor, factors: Tensor, da: Tensor, activation: Activation, *, out: Tensor
+) -> Tensor:
+    """Take the gradient of factors act(z): write that of z to `out`, and return act(z).
+
+    Args:
+        z: (R, 2F or F) pre-activations.
+        factors: (R, F) or (R, 1).
+        da: (R, F) gradient of the product.
+        activation: as in the forward pass.
+        out: (R, 2F or F).
+    """
+    dact = torch.mul(da, factors, out=torch.empty_like(da))
+    if activation == "swiglu":
+        gate, up = z.chunk(2, dim=-1)
+        dgate_out, dup_out = out.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        torch.mul(dact, silu, out=dup_out)
+        torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate_out)
+        return silu.mul_(up)
+    if activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(dact, z, approximate="tanh", grad_input=out)
+    else:
+        torch.mul(dact, z > 0, out=out)
+    return activate(z, activation)
+
+
 def activate_weighted(z_RH: Tensor, weights_R: Tensor, activation: Activation) -> Tensor:
     """Return (R, F): the activation of pre-activations, times the gate weight of each row."""
     a_RF = z_RH.new_empty(len(z_RH), _width(z_RH, activation))
@@ -33,14 +60,14 @@ def activate_weighted(z_RH: Tensor, weights_R: Tensor, activation: Activation) -
     return a_RF
 
 
-def activate_backward(
+def activate_weighted_backward(
     z_RH: Tensor, da_RF: Tensor, weights_R: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the weighted activation and take its gradient.
 
     Args:
         z_RH: (R, 2F or F) saved pre-activation.
-        da_RF: gradient of the weighted activation; overwritten.
+        da_RF: gradient of the weighted activation.
         weights_R: gate weights.
         activation: as in the forward pass.
 
@@ -48,38 +75,12 @@ def activate_backward(
         The weighted activation a_RF, the gradient dz_RH, and the gate gradient dweights_R.
     """
     a_RF, dz_RH, dweights_R = (torch.empty_like(t) for t in (da_RF, z_RH, weights_R))
-    for z, da, weights, *out in _pieces(z_RH, da_RF, weights_R, a_RF, dz_RH, dweights_R):
-        _backward_of_piece(_wide(z), _wide(da), weights[:, None], activation, *out)
+    for z, da, weights, a, dz, dweights in _pieces(z_RH, da_RF, weights_R, a_RF, dz_RH, dweights_R):
+        da, weights_R1 = _wide(da), weights[:, None]
+        act = activate_backward(_wide(z), weights_R1, da, activation, out=dz)
+        torch.sum(act * da, -1, dtype=weights.dtype, out=dweights)
+        torch.mul(act, weights_R1, out=a)
     return a_RF, dz_RH, dweights_R
-
-
-def _backward_of_piece(
-    z: Tensor,
-    da: Tensor,
-    weights: Tensor,
-    activation: Activation,
-    a_out: Tensor,
-    dz_out: Tensor,
-    dweights_out: Tensor,
-) -> None:
-    """Write the results of `activate_backward`; overwrites `da`."""
-    if activation == "swiglu":
-        gate, up = z.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        a = silu * up
-    else:
-        a = activate(z, activation)
-    torch.sum(a * da, -1, dtype=weights.dtype, out=dweights_out)
-    torch.mul(a, weights, out=a_out)
-    da.mul_(weights)
-    if activation == "swiglu":
-        dgate_out, dup_out = dz_out.chunk(2, dim=-1)
-        torch.mul(da, silu, out=dup_out)
-        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate_out)
-    elif activation == "gelu":
-        torch.ops.aten.gelu_backward.grad_input(da, z, approximate="tanh", grad_input=dz_out)
-    else:
-        torch.mul(da, z > 0, out=dz_out)
 
 
 def _width(z_RH: Tensor, activation: Activation) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmoe.ops.activation import Activation, activate_backward, activate_weighted
+from dmoe.ops.activation import Activation, activate_weighted, activate_weighted_backward
 from dmoe.ops.backend import Backend, ResolvedBackend, resolve_backend
 from dmoe.ops.fp8 import ExpertDtype, check_widths, grouped_mm_fp8
 from dmoe.ops.grouped_mm import grouped_mm, grouped_outer
@@ -197,7 +197,7 @@ class _ExpertFFN(torch.autograd.Function):
             if z_RH is None:
                 z_RH = multiply(take_rows(x_ND, rows), w_up, counts_E)
             da_RF = grouped_mm(dy_RD, w_down_EDF, counts_E, backend)
-            a_RF, dz_RH, dweights_R = activate_backward(z_RH, da_RF, weights_R, activation)
+            a_RF, dz_RH, dweights_R = activate_weighted_backward(z_RH, da_RF, weights_R, activation)
             dw = [None, None]
             if trained:
                 dw_down_EDF = grouped_outer(dy_RD, a_RF, counts_E, backend)

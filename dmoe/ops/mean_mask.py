@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmoe.ops.activation import Activation, activate
+from dmoe.ops.activation import Activation, activate, activate_backward
 from dmoe.ops.top_mask import unpack_bits, unpack_bytes
 
 Choose = Callable[[int, slice, Tensor], Tensor]
@@ -120,13 +119,14 @@ class _MaskedActivation(torch.autograd.Function):
         for tokens in pieces:
             bits = [next(saved) for _ in range(z_TKZ.shape[1])]
             mean_CF = pieces.mean_mask(tokens, _given(bits))
-            dmean_CF = _activation_backward(
+            act_CF = activate_backward(
                 hidden_TH[tokens],
                 mean_CF.to(hidden_TH.dtype),
                 da_TF[tokens],
                 ctx.activation,
                 out=dhidden_TH[tokens],
-            ).to(w_FZ.dtype)
+            )
+            dmean_CF = act_CF.mul_(da_TF[tokens]).to(w_FZ.dtype)
             pieces.mean_mask_backward(tokens, bits, dmean_CF, dz_TKZ, dw_FZ)
         return dhidden_TH, dz_TKZ, dw_FZ, None, None, None
 
@@ -180,25 +180,3 @@ class _Pieces:
             dlogits_CF = torch.mul(dmean_CF, chosen_CF, out=self.logits_CF[:num])
             dz_CZ.copy_(dlogits_CF @ self.w_FZ)
             dw_FZ.addmm_(dlogits_CF.t(), z_CZ)
-
-
-def _activation_backward(
-    hidden_CH: Tensor, mask_CF: Tensor, da_CF: Tensor, activation: Activation, *, out: Tensor
-) -> Tensor:
-    """Write the gradient of the pre-activations to `out` and return that of the mask."""
-    if activation == "swiglu":
-        gate_CF, up_CF = hidden_CH.chunk(2, dim=-1)
-        dgate_CF, dup_CF = out.chunk(2, dim=-1)
-        silu_CF = F.silu(gate_CF)
-        dact_CF = da_CF * mask_CF
-        torch.mul(dact_CF, silu_CF, out=dup_CF)
-        torch.ops.aten.silu_backward.grad_input(dact_CF.mul_(up_CF), gate_CF, grad_input=dgate_CF)
-        return silu_CF.mul_(up_CF).mul_(da_CF)
-    dact_CF = da_CF * mask_CF
-    if activation == "gelu":
-        torch.ops.aten.gelu_backward.grad_input(
-            dact_CF, hidden_CH, approximate="tanh", grad_input=out
-        )
-    else:
-        torch.mul(dact_CF, hidden_CH > 0, out=out)
-    return activate(hidden_CH, activation).mul_(da_CF)

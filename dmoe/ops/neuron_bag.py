@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmoe.ops.activation import activate, activate_backward
+from dmoe.ops.activation import activate, activate_weighted_backward
 from dmoe.ops.rows import offsets_of
 
 NeuronActivation = Literal["gelu", "relu"]
@@ -100,7 +100,7 @@ class _NeuronBag(torch.autograd.Function):
         )
         dy_ND = dy_ND.contiguous()
         da_R1 = _dots(dy_ND, token_R, out_ED, ids_R)[:, None]
-        a_R1, dz_R1, dweights_R = activate_backward(z_R1, da_R1, weights_R, ctx.activation)
+        a_R1, dz_R1, dweights_R = activate_weighted_backward(z_R1, da_R1, weights_R, ctx.activation)
         dx_ND = _sums(in_ED, ids_R, dz_R1[:, 0], offsets_N1)
         # The same by expert: sums in a fixed order, and no atomics.
         order_R = ids_R.argsort(stable=True)

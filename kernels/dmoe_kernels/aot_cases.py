@@ -72,7 +72,8 @@ class Case:
         attributes = {}
         for place, name in enumerate(self.kernel.arg_names):
             is_pointer = "[" not in self.pointers.get(name, "[")
-            if (is_pointer or name in _SIZES) and name not in self.constexprs:
+            is_size = name in _SIZES and not self.constexprs.get("EIGHTS")
+            if (is_pointer or is_size) and name not in self.constexprs:
                 attributes[place,] = [["tt.divisibility", 16]]
                 # A launch says so of tensors below 2 GiB; the code is another then.
                 if is_pointer and target == "gfx942":
@@ -96,6 +97,8 @@ class _Numbers(NamedTuple):
     label: str = ""
     precision: str = "tf32"
     even_k: bool = True
+    eights: bool = False
+    """Whether widths are multiples of 8, but not of 16."""
     first_only: bool = True
     """Compile the default config alone."""
 
@@ -107,6 +110,8 @@ class _Numbers(NamedTuple):
 _NUMBERS = (
     _Numbers("bf16", first_only=False),
     _Numbers("bf16", ", ragged K", even_k=False),
+    _Numbers("bf16", ", in eights", eights=True),
+    _Numbers("bf16", ", in eights, ragged K", even_k=False, eights=True),
     _Numbers("fp16", ", fp16"),
     _Numbers("fp32", ", fp32 by TF32", first_only=False),
     _Numbers("fp32", ", fp32", precision="ieee", first_only=False),
@@ -139,8 +144,8 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
                 numbers.itemsize,
                 shared_memory,
                 wgmma=wgmma,
-                gluon=HAS_GLUON and (product.name, product.form) in _GLUON,
-                even_k=numbers.even_k,
+                gluon=HAS_GLUON and not numbers.eights and (product.name, product.form) in _GLUON,
+                even=numbers.even_k and not numbers.eights,
             )
             if first_only or numbers.first_only:
                 fitting = list({config.gluon: config for config in reversed(fitting)}.values())
@@ -177,7 +182,8 @@ def _in_triton(product: _Product, config: Config, numbers: _Numbers) -> Case:
             arg: f"{numbers.dtype}[{','.join(map(str, block))}]" for arg, block in blocks.items()
         }
         pointers = pointers | described
-    constants = constants | ({} if name == "dz" else {"TMA": config.tma})
+    constants = constants | {"EIGHTS": numbers.eights}
+    constants |= {} if name == "dz" else {"TMA": config.tma}
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return Case(
         name,

@@ -30,6 +30,23 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+def by_eights(*sizes: int) -> bool:
+    """Say whether 8 divides all widths and 16 does not, so that a kernel must be told: `in_eights`.
+
+    What the launch tells the compiler of a width is whether 16 divides it. Without knowing that of
+    a row's stride, a tile is loaded and stored number by number.
+    """
+    return all(size % 8 == 0 for size in sizes) and any(size % 16 for size in sizes)
+
+
+@triton.jit
+def in_eights(size, EIGHTS: tl.constexpr):
+    """Return a width; the compiler then knows that 8 divides it, if EIGHTS."""
+    if EIGHTS:
+        size = size // 8 * 8
+    return size
+
+
 @triton.jit
 def tanh(x):
     """Return tanh of float32 `x`."""

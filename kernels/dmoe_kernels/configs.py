@@ -156,7 +156,7 @@ def candidates(
     wgmma: bool,
     tma: bool = True,
     gluon: bool = True,
-    even_k: bool = True,
+    even: bool = True,
 ) -> list[Config]:
     """Return the configs of a kernel that fit.
 
@@ -169,14 +169,14 @@ def candidates(
             spills.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
-        even_k: whether blocks divide the summed dim. If not, masks take registers; such widths are
-            rare, so what loads all by TMA, without masks, is left out as well.
+        even: whether blocks divide the summed dim, and 16 the other. If not, masks and addresses
+            take registers; such widths are rare, so what loads all by TMA is left out as well.
     """
     fitting = [
         config
-        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE[wgmma and even_k])
+        for config in (CANDIDATES[kernel] if itemsize < 4 else _WIDE[wgmma and even])
         if bytes_needed(config, itemsize) <= shared_memory
-        and ((wgmma and even_k) or _held(kernel, config) <= 2048 * config.warps)
+        and ((wgmma and even) or _held(kernel, config) <= 2048 * config.warps)
         and (not config.tma or (wgmma and tma))
         and (not config.gluon or (wgmma and gluon))
     ]
@@ -212,7 +212,7 @@ def choose(
     *,
     tma: bool = False,
     gluon: bool = False,
-    even_k: bool = True,
+    even: bool = True,
 ) -> Config:
     """Return the config for a kernel on a device.
 
@@ -227,11 +227,11 @@ def choose(
         run: the product in a config, to be measured.
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
-        even_k: whether blocks divide the summed dim.
+        even: whether blocks divide the summed dim, and 16 the other.
     """
     if INTERPRET.value:
         return _INTERPRETED
-    fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon, even_k=even_k)
+    fitting = _candidates_of(kernel, dtype, device, tma=tma, gluon=gluon, even=even)
     numbers = f"{name_of(dtype)} {precision_of(dtype)}" if dtype.itemsize == 4 else name_of(dtype)
     chosen, key = tuned(device), _key(kernel, form, numbers, shape, tma, gluon)
     config = chosen.get(key)
@@ -306,9 +306,9 @@ def table_path(device: torch.device) -> Path:
     return Path(triton.knobs.cache.dir) / f"dmoe_{name}_triton_{triton.__version__}.json"
 
 
-def is_even(size_k: int) -> bool:
-    """Say whether the blocks of all configs divide a summed dim."""
-    return size_k % 64 == 0
+def is_even(size_k: int, size_n: int) -> bool:
+    """Say whether the blocks of all configs divide a summed dim, and 16 the other."""
+    return size_k % 64 == 0 and size_n % 16 == 0
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmoe_kernels.common import num_programs, precision_of, rounded, ungated
+from dmoe_kernels.common import (
+    by_eights,
+    in_eights,
+    num_programs,
+    precision_of,
+    rounded,
+    ungated,
+)
 from dmoe_kernels.configs import ROWS_READ_PAST, Config, choose, is_even, rows_bucket, scaled_k
 from dmoe_kernels.product import halves, product, tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
@@ -40,7 +47,7 @@ def dz(
         inputs = (dy_ND, index_R, z_RH, weights_R, counts_E, w_down_EDF, activation)
         run = functools.partial(dz, *inputs, tiles=tiles)
         config = choose(
-            "dz", activation, dy_ND.dtype, shape, dy_ND.device, run, even_k=is_even(dim)
+            "dz", activation, dy_ND.dtype, shape, dy_ND.device, run, even=is_even(dim, ffn_dim)
         )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
@@ -68,6 +75,7 @@ def dz(
         dim,
         ACTIVATION=activation,
         EVEN_K=dim % block_k == 0,
+        EIGHTS=by_eights(ffn_dim, dim),
         PRECISION=precision_of(dy_ND.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -194,6 +202,7 @@ def dz_kernel(
     dim,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -201,6 +210,7 @@ def dz_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile of dY W_down, with the backward of the activation in the epilogue."""
+    ffn_dim, dim = in_eights(ffn_dim, EIGHTS), in_eights(dim, EIGHTS)
     SIZE: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     _zero_rows(dz_, offsets, num_experts, num_rows, SIZE * ffn_dim)
     _zero_rows(a, offsets, num_experts, num_rows, ffn_dim)

@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels import gluon_outer, gluon_up
-from dmoe_kernels.common import dot, num_programs, precision_of, rounded, swizzled
+from dmoe_kernels.common import (
+    by_eights,
+    dot,
+    in_eights,
+    num_programs,
+    precision_of,
+    rounded,
+    swizzled,
+)
 from dmoe_kernels.configs import Config, choose, is_even, name_of, rows_bucket, scaled_k
 from dmoe_kernels.gluon_outer import suits_gluon_outer
 from dmoe_kernels.gluon_up import suits_gluon
@@ -64,7 +72,7 @@ def grouped_gemm(
             run,
             tma=tma,
             gluon=gluon,
-            even_k=is_even(size_k),
+            even=is_even(size_k, size_n),
         )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
@@ -91,6 +99,7 @@ def grouped_gemm(
         TRANSPOSED=transposed,
         TMA=config.tma,
         EVEN_K=size_k % block_k == 0,
+        EIGHTS=by_eights(size_n, size_k),
         PRECISION=precision_of(a_RK.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -179,6 +188,7 @@ def grouped_outer(
         GATHER_A=gather_a,
         TMA=config.tma,
         ACCUMULATE=accumulate,
+        EIGHTS=by_eights(size_m, size_n),
         PRECISION=precision_of(a_RM.dtype),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -251,6 +261,7 @@ def gemm_kernel(
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -262,6 +273,7 @@ def gemm_kernel(
     By TMA all are of full height, and the loops over tiles and over K are one: the next tile is
     loaded while this one is stored.
     """
+    size_n, size_k = in_eights(size_n, EIGHTS), in_eights(size_k, EIGHTS)
     num_n = tl.cdiv(size_n, BLOCK_N)
     total = tl.load(offsets + num_experts + 1) * num_n
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=TMA):
@@ -303,6 +315,7 @@ def outer_kernel(
     GATHER_A: tl.constexpr,
     TMA: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -310,6 +323,7 @@ def outer_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile of all experts' (M, N); the rows of the expert are summed."""
+    size_m, size_n = in_eights(size_m, EIGHTS), in_eights(size_n, EIGHTS)
     num_m, num_n = tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N)
     for tile in range(tl.program_id(0), num_experts * num_m * num_n, tl.num_programs(0)):
         expert = tile // (num_m * num_n)

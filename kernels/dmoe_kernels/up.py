@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dmoe_kernels import gluon_up
-from dmoe_kernels.common import num_programs, precision_of, rounded, swiglu, ungated
+from dmoe_kernels.common import (
+    by_eights,
+    in_eights,
+    num_programs,
+    precision_of,
+    rounded,
+    swiglu,
+    ungated,
+)
 from dmoe_kernels.configs import Config, choose, is_even, rows_bucket, scaled_k
 from dmoe_kernels.gluon_up import suits_gluon
 from dmoe_kernels.product import halves, product, tile_at
@@ -47,7 +55,7 @@ def up(
             run,
             tma=tma,
             gluon=gluon,
-            even_k=is_even(dim),
+            even=is_even(dim, ffn_dim),
         )
     if config.gluon:
         assert activation == "swiglu"
@@ -76,6 +84,7 @@ def up(
         ACTIVATION=activation,
         TMA=config.tma,
         EVEN_K=dim % block_k == 0,
+        EIGHTS=by_eights(ffn_dim, dim),
         PRECISION=precision_of(x_ND.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
@@ -170,6 +179,7 @@ def up_kernel(
     ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,6 +187,7 @@ def up_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Take tile after tile; one of at most half the rows is computed at half the height."""
+    ffn_dim, dim = in_eights(ffn_dim, EIGHTS), in_eights(dim, EIGHTS)
     WIDTH: tl.constexpr = BLOCK_N // 2 if ACTIVATION == "swiglu" else BLOCK_N
     num_n = tl.cdiv(ffn_dim, WIDTH)
     total = tl.load(offsets + num_experts + 1) * num_n

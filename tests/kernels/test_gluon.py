@@ -55,7 +55,7 @@ def take(monkeypatch: pytest.MonkeyPatch, *, in_gluon: bool, block_m: int = 128)
     Interpreted, three tiles are a group, so that a few tiles make several.
     """
 
-    def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False, even_k=True):
+    def choose(kernel, form, dtype, shape, device, run, *, tma=False, gluon=False, even=True):
         if in_gluon and kernel != "dz" and not gluon:
             pytest.fail(f"{kernel} has no form in Gluon for {shape}")
         if DEVICE.type == "cuda":

@@ -11,7 +11,7 @@ import torch
 from on_device import DEVICE, assert_close  # first: it skips this file where Triton is missing
 
 from dmoe.ops import fp8 as fp8_ops
-from dmoe.ops.activation import activate, activate_backward
+from dmoe.ops.activation import activate, activate_weighted_backward
 from dmoe.ops.wire import dequantize_rows, quantize_rows
 
 if DEVICE.type == "cuda":
@@ -121,7 +121,7 @@ def test_up_and_dz_write_far_rows(activation: str) -> None:
     assert_close(a[FAR:], activate(far, activation) * used[:, None], TOLERANCE)
     got = dz.dz(sources, index, z, gates, COUNTS, w_down, activation, CONFIG, one_tile())
     da = rows @ w_down[0].double()
-    want_a, want_dz, want_gates = activate_backward(far, da, used, activation)
+    want_a, want_dz, want_gates = activate_weighted_backward(far, da, used, activation)
     for far, want in zip(got, (want_dz, want_a, want_gates), strict=True):
         assert_close(far[FAR:], want, TOLERANCE)
 
@@ -138,7 +138,8 @@ def test_dz_writes_far_parts_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = sparse(WIDTH + 1, num_rows, dtype=torch.float32)
     index, table = sparse(num_rows, dtype=INT64), one_tile()
     tensors = (dy, w, gates, z, dz_, a, parts, index, table.table_3M, table.offsets)
-    form = {"ACTIVATION": "relu", "EVEN_K": True, "PRECISION": "ieee", "GROUP_M": 1}
+    form = {"ACTIVATION": "relu", "EVEN_K": True, "EIGHTS": False}
+    form |= {"PRECISION": "ieee", "GROUP_M": 1}
     blocks = {"BLOCK_M": CONFIG.block_m, "BLOCK_N": block_n, "BLOCK_K": NARROW}
     dz.dz_kernel[(1,)](*tensors, 1, 1, num_rows, ffn_dim, NARROW, **form, **blocks)
     last = slice(-block_n, None)

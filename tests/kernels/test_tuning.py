@@ -109,8 +109,8 @@ def test_what_is_no_candidate_any_more_is_not_taken(gpu: Gpu) -> None:
 
 
 def test_widths_that_no_block_divides_leave_registers_for_masks(gpu: Gpu) -> None:
-    assert gpu.choose(tma=True, even_k=True).block_n == 256
-    assert gpu.choose(tma=True, even_k=False).block_n == 128
+    assert gpu.choose(tma=True, even=True).block_n == 256
+    assert gpu.choose(tma=True, even=False).block_n == 128
 
 
 def test_what_fails_is_passed_over(gpu: Gpu) -> None:

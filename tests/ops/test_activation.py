@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 import dmoe.ops.activation as activation_module
-from dmoe.ops.activation import Activation, activate, activate_backward, activate_weighted
+from dmoe.ops.activation import (
+    Activation,
+    activate,
+    activate_weighted,
+    activate_weighted_backward,
+)
 
 ROWS, FFN_DIM = 37, 6
 ACTIVATIONS = ["swiglu", "gelu", "relu"]
@@ -41,7 +46,7 @@ def test_equals_autograd_in_float64(
     wide = {"rtol": 1e-5, "atol": 1e-5} if narrow else {"rtol": 1e-13, "atol": 1e-14}
     rounded = {"rtol": torch.finfo(dtype).eps / 2 * 1.001, "atol": 1e-6} if narrow else wide
     forward = activate_weighted(z, weights, activation)
-    again, dz_found, dweights_found = activate_backward(z, da, weights, activation)
+    again, dz_found, dweights_found = activate_weighted_backward(z, da, weights, activation)
     assert (forward.dtype, dz_found.dtype, dweights_found.dtype) == (dtype, dtype, weights.dtype)
     assert torch.equal(forward, again)
     for found, want, tolerance in (
@@ -56,5 +61,5 @@ def test_equals_autograd_in_float64(
 def test_no_rows(activation: Activation) -> None:
     z, da, weights = (t[:0] for t in _inputs(activation, torch.bfloat16))
     assert activate_weighted(z, weights, activation).shape == (0, FFN_DIM)
-    shapes = [t.shape for t in activate_backward(z, da, weights, activation)]
+    shapes = [t.shape for t in activate_weighted_backward(z, da, weights, activation)]
     assert shapes == [da.shape, z.shape, weights.shape]
