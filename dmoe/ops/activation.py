@@ -26,37 +26,43 @@ def activate(z_RH: Tensor, activation: Activation) -> Tensor:
 
 
 def activate_backward(
-    z: Tensor, factors: Tensor, da: Tensor, activation: Activation, *, out: Tensor
+    z_RH: Tensor, da_RF: Tensor, factors: Tensor, activation: Activation, *, out_RH: Tensor
 ) -> Tensor:
-    """Take the gradient of factors act(z): write that of z to `out`, and return act(z).
+    """Take the gradient of factors act(z): write that of z to `out_RH`, and return act(z).
 
     Args:
-        z: (R, 2F or F) pre-activations.
+        z_RH: (R, 2F or F) pre-activations.
+        da_RF: gradient of the product.
         factors: (R, F) or (R, 1).
-        da: (R, F) gradient of the product.
         activation: as in the forward pass.
-        out: (R, 2F or F).
+        out_RH: as `z_RH`.
     """
-    dact = torch.mul(da, factors, out=torch.empty_like(da))
+    # Factors may be wider, and what they multiply stays as it is.
+    dact_RF = torch.mul(da_RF, factors, out=torch.empty_like(da_RF))
     if activation == "swiglu":
-        gate, up = z.chunk(2, dim=-1)
-        dgate_out, dup_out = out.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        torch.mul(dact, silu, out=dup_out)
-        torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate_out)
-        return silu.mul_(up)
+        gate_RF, up_RF = z_RH.chunk(2, dim=-1)
+        dgate_RF, dup_RF = out_RH.chunk(2, dim=-1)
+        silu_RF = F.silu(gate_RF)
+        torch.mul(dact_RF, silu_RF, out=dup_RF)
+        dact_RF.mul_(up_RF)
+        torch.ops.aten.silu_backward.grad_input(dact_RF, gate_RF, grad_input=dgate_RF)
+        return silu_RF.mul_(up_RF)
     if activation == "gelu":
-        torch.ops.aten.gelu_backward.grad_input(dact, z, approximate="tanh", grad_input=out)
+        torch.ops.aten.gelu_backward.grad_input(
+            dact_RF, z_RH, approximate="tanh", grad_input=out_RH
+        )
     else:
-        torch.mul(dact, z > 0, out=out)
-    return activate(z, activation)
+        torch.mul(dact_RF, z_RH > 0, out=out_RH)
+    return activate(z_RH, activation)
 
 
 def activate_weighted(z_RH: Tensor, weights_R: Tensor, activation: Activation) -> Tensor:
     """Return (R, F): the activation of pre-activations, times the gate weight of each row."""
-    a_RF = z_RH.new_empty(len(z_RH), _width(z_RH, activation))
+    if z_RH.device.type != "cpu":
+        return activate(z_RH, activation).mul_(weights_R[:, None])
+    a_RF = z_RH.new_empty(len(z_RH), z_RH.shape[1] // (2 if activation == "swiglu" else 1))
     for z, weights, a in _pieces(z_RH, weights_R, a_RF):
-        torch.mul(activate(_wide(z), activation), weights[:, None], out=a)
+        torch.mul(activate(_not_narrow(z), activation), weights[:, None], out=a)
     return a_RF
 
 
@@ -67,24 +73,21 @@ def activate_weighted_backward(
 
     Args:
         z_RH: (R, 2F or F) saved pre-activation.
-        da_RF: gradient of the weighted activation.
+        da_RF: gradient of the weighted activation; overwritten.
         weights_R: gate weights.
         activation: as in the forward pass.
 
     Returns:
-        The weighted activation a_RF, the gradient dz_RH, and the gate gradient dweights_R.
+        The weighted activation a_RF, which is where `da_RF` was, the gradient dz_RH, and the gate
+        gradient dweights_R.
     """
-    a_RF, dz_RH, dweights_R = (torch.empty_like(t) for t in (da_RF, z_RH, weights_R))
-    for z, da, weights, a, dz, dweights in _pieces(z_RH, da_RF, weights_R, a_RF, dz_RH, dweights_R):
-        da, weights_R1 = _wide(da), weights[:, None]
-        act = activate_backward(_wide(z), weights_R1, da, activation, out=dz)
+    dz_RH, dweights_R = torch.empty_like(z_RH), torch.empty_like(weights_R)
+    for z, da_or_a, weights, dz, dweights in _pieces(z_RH, da_RF, weights_R, dz_RH, dweights_R):
+        da, weights_R1 = _not_narrow(da_or_a), weights[:, None]
+        act = activate_backward(_not_narrow(z), da, weights_R1, activation, out_RH=dz)
         torch.sum(act * da, -1, dtype=weights.dtype, out=dweights)
-        torch.mul(act, weights_R1, out=a)
-    return a_RF, dz_RH, dweights_R
-
-
-def _width(z_RH: Tensor, activation: Activation) -> int:
-    return z_RH.shape[1] // 2 if activation == "swiglu" else z_RH.shape[1]
+        torch.mul(act, weights_R1, out=da_or_a)
+    return da_RF, dz_RH, dweights_R
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -94,6 +97,6 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(1, rows)) for t in tensors), strict=True)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _not_narrow(x: Tensor) -> Tensor:
     """Return narrow numbers in float32 on a CPU, where each operation would convert them anew."""
     return x.float() if x.device.type == "cpu" and x.dtype.itemsize < 4 else x

@@ -121,10 +121,10 @@ class _MaskedActivation(torch.autograd.Function):
             mean_CF = pieces.mean_mask(tokens, _given(bits))
             act_CF = activate_backward(
                 hidden_TH[tokens],
-                mean_CF.to(hidden_TH.dtype),
                 da_TF[tokens],
+                mean_CF.to(hidden_TH.dtype),
                 ctx.activation,
-                out=dhidden_TH[tokens],
+                out_RH=dhidden_TH[tokens],
             )
             dmean_CF = act_CF.mul_(da_TF[tokens]).to(w_FZ.dtype)
             pieces.mean_mask_backward(tokens, bits, dmean_CF, dz_TKZ, dw_FZ)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dmoe.ops.activation import activate, activate_weighted_backward
+from dmoe.ops.activation import activate_weighted, activate_weighted_backward
 from dmoe.ops.rows import offsets_of
 
 NeuronActivation = Literal["gelu", "relu"]
@@ -85,7 +85,7 @@ class _NeuronBag(torch.autograd.Function):
         offsets_N1 = offsets_of(used_NK.sum(1))
         weights_R = weights_NK[used_NK]
         z_R1 = _dots(x_ND, token_R, in_ED, ids_R)[:, None]
-        a_R = activate(z_R1, activation)[:, 0] * weights_R
+        a_R = activate_weighted(z_R1, weights_R, activation)[:, 0]
         ctx.save_for_backward(
             x_ND, weights_R, in_ED, out_ED, z_R1, used_NK, token_R, ids_R, offsets_N1
         )

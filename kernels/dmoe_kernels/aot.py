@@ -38,8 +38,8 @@ shared memory that of a program, spills the loads and stores of registers that d
 column counts tensor-core instructions. A block is M x N x K. Nothing here says how fast a kernel
 is.
 """
-TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "(?:UTC)?HMMA", "gfx942": "v_mfma"}
-TENSOR_CORE |= dict.fromkeys(("sm_80", "sm_89", "sm_120"), "HMMA")
+TENSOR_CORE = {"sm_90": "HGMMA", "gfx942": "v_mfma"}
+TENSOR_CORE |= dict.fromkeys(("sm_80", "sm_89", "sm_100", "sm_120"), "HMMA")
 EIGHT_BITS = "QGMMA"
 """The instruction for e4m3, on sm_90."""
 
@@ -96,7 +96,7 @@ def compile_case(case: Case, target: str) -> Evidence:
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     spilled = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
     multiply, load = (
-        len(re.findall(rf"\b{name}\b", machine_code))
+        len(re.findall(rf"\b(?:UTC)?{name}\b", machine_code))  # sm_100 has UTCHMMA
         for name in (_instruction(case, target), "UTMALDG")
     )
     return Evidence(case, target, registers, spilled, shared, multiply, load)

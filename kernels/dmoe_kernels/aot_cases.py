@@ -145,7 +145,7 @@ def cases(target: str, *, first_only: bool) -> Iterator[Case]:
                 shared_memory,
                 wgmma=wgmma,
                 gluon=HAS_GLUON and not numbers.eights and (product.name, product.form) in _GLUON,
-                even=numbers.even_k and not numbers.eights,
+                even=(numbers.even_k and not numbers.eights) or "EVEN_K" not in product.constants,
             )
             if first_only or numbers.first_only:
                 fitting = list({config.gluon: config for config in reversed(fitting)}.values())
@@ -298,10 +298,10 @@ def _fp8_products(*, first_only: bool) -> Iterator[Case]:
     numbers = {"x": "fp8e4nv", "a": "fp8e4nv", "w": "fp8e4nv[128,128]", "numbers": "fp8e4nv"}
     forms = [("up_fp8", a, fp8_up.up_kernel, {"ACTIVATION": a}) for a in ("swiglu", "gelu", "relu")]
     forms.append(("gemm_fp8", "down, dx", fp8_gemm.gemm_kernel, {}))
-    for rows, label in (("bf16", ""), ("fp16", ", fp16"), ("fp32", ", fp32")):
+    for rows, label, itemsize in (("bf16", "", 2), ("fp16", ", fp16", 2), ("fp32", ", fp32", 4)):
         pointers = numbers | scales | _TILES | {"y": rows, "z": rows, "weights": "fp32"}
         for name, form, kernel, constants in forms:
-            configs = CANDIDATES["up_fp8_wide" if (name, rows) == ("up_fp8", "fp32") else name]
+            configs = CANDIDATES[fp8_up.kernel_for(itemsize) if name == "up_fp8" else name]
             for config in configs[: 1 if first_only or rows != "bf16" else None]:
                 sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
                 yield Case(

@@ -31,7 +31,7 @@ def rounded(x, dtype: tl.constexpr):
 
 
 def by_eights(*sizes: int) -> bool:
-    """Say whether 8 divides all widths and 16 does not, so that a kernel must be told: `in_eights`.
+    """Say whether 8 divides all widths but 16 not all, so that kernels must be told: `in_eights`.
 
     What the launch tells the compiler of a width is whether 16 divides it. Without knowing that of
     a row's stride, a tile is loaded and stored number by number.

@@ -121,7 +121,7 @@ assert all(
 )
 
 # Rows in float32, whose products may be exact: without tensor cores, and all operands in registers.
-# By whether products read both sides from shared memory, and need no masks along K.
+# By whether products read both sides from shared memory, of widths that are even (see below).
 _WIDE = {
     True: [
         Config(64, 64, 64, 8, 3),
@@ -170,7 +170,7 @@ def candidates(
         tma: whether TMA can read what it would have to.
         gluon: whether the form in Gluon can work on the tensors.
         even: whether blocks divide the summed dim, and 16 the other. If not, masks and addresses
-            take registers; such widths are rare, so what loads all by TMA is left out as well.
+            take registers, and as such widths are rare, the largest tiles are left out.
     """
     fitting = [
         config

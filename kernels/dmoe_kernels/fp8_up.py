@@ -19,6 +19,11 @@ from dmoe_kernels.product import tile_at
 from dmoe_kernels.tiles import Tiles, tile_rows
 
 
+def kernel_for(itemsize: int) -> str:
+    """Return the key of `CANDIDATES` for rows of such elements."""
+    return "up_fp8_wide" if itemsize == 4 else "up_fp8"
+
+
 def up(
     x_ND: Tensor,
     index_R: Tensor,
@@ -37,8 +42,9 @@ def up(
         inputs = (x_ND, index_R, weights_R, counts_E, w_up_EHD, activation)
         run = functools.partial(up, *inputs, tiles=tiles)
         form = f"{activation} {name_of(x_ND.dtype)}"
-        kernel = "up_fp8_wide" if x_ND.itemsize == 4 else "up_fp8"
-        config = choose(kernel, form, torch.float8_e4m3fn, shape, index_R.device, run)
+        config = choose(
+            kernel_for(x_ND.itemsize), form, torch.float8_e4m3fn, shape, index_R.device, run
+        )
     if tiles is None or tiles.block_m != config.block_m:
         tiles = tile_rows(counts_E, num_rows, config.block_m)
     w = quantize_weights(w_up_EHD)

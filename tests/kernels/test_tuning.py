@@ -113,6 +113,14 @@ def test_widths_that_no_block_divides_leave_registers_for_masks(gpu: Gpu) -> Non
     assert gpu.choose(tma=True, even=False).block_n == 128
 
 
+@pytest.mark.parametrize(
+    ("size_k", "size_n", "even"),
+    [(128, 48, True), (2048, 1000, False), (1000, 2048, False), (96, 128, False), (64, 33, False)],
+)
+def test_what_is_even(size_k: int, size_n: int, even: bool) -> None:
+    assert configs.is_even(size_k, size_n) is even
+
+
 def test_what_fails_is_passed_over(gpu: Gpu) -> None:
     tune_kernels(gpu.lines.append)
     fastest = min(fitting(), key=gpu.times)

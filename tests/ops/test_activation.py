@@ -14,7 +14,7 @@ from dmoe.ops.activation import (
 
 ROWS, FFN_DIM = 37, 6
 ACTIVATIONS = ["swiglu", "gelu", "relu"]
-DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def _inputs(activation: Activation, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +42,11 @@ def test_equals_autograd_in_float64(
     z, da, weights = _inputs(activation, dtype)
     a, dz, dweights = _by_autograd(z, da, weights, activation)
     # What is narrow is rounded once, after products in float32.
-    narrow = dtype.itemsize < 4
-    wide = {"rtol": 1e-5, "atol": 1e-5} if narrow else {"rtol": 1e-13, "atol": 1e-14}
-    rounded = {"rtol": torch.finfo(dtype).eps / 2 * 1.001, "atol": 1e-6} if narrow else wide
+    wide = (
+        {"rtol": 1e-13, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    half_a_place = {"rtol": torch.finfo(dtype).eps / 2 * 1.001, "atol": 1e-6}
+    rounded = half_a_place if dtype.itemsize < 4 else wide
     forward = activate_weighted(z, weights, activation)
     again, dz_found, dweights_found = activate_weighted_backward(z, da, weights, activation)
     assert (forward.dtype, dz_found.dtype, dweights_found.dtype) == (dtype, dtype, weights.dtype)

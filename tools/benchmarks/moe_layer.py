@@ -22,7 +22,7 @@ T, D = 2048, 512
 
 
 class Sizes(NamedTuple):
-    """Sizes of the experts of a layer."""
+    """Sizes of a layer, beside T and D."""
 
     num_experts: int
     ffn_dim: int
@@ -96,11 +96,9 @@ def bare_gemms(
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
+    size_h = 2 * ffn_dim
     groups = [
-        tuple(
-            random(*shape)
-            for shape in ((n, D), (n, 2 * ffn_dim), (n, ffn_dim), (2 * ffn_dim, D), (D, ffn_dim))
-        )
+        (random(n, D), random(n, size_h), random(n, ffn_dim), random(size_h, D), random(D, ffn_dim))
         for n in counts_E
     ]
 
