@@ -62,7 +62,7 @@ def activate_weighted(z_RH: Tensor, weights_R: Tensor, activation: Activation) -
         return activate(z_RH, activation).mul_(weights_R[:, None])
     a_RF = z_RH.new_empty(len(z_RH), z_RH.shape[1] // (2 if activation == "swiglu" else 1))
     for z, weights, a in _pieces(z_RH, weights_R, a_RF):
-        torch.mul(activate(_not_narrow(z), activation), weights[:, None], out=a)
+        _weigh(activate(_not_narrow(z), activation), weights, out=a)
     return a_RF
 
 
@@ -83,11 +83,19 @@ def activate_weighted_backward(
     """
     dz_RH, dweights_R = torch.empty_like(z_RH), torch.empty_like(weights_R)
     for z, da_or_a, weights, dz, dweights in _pieces(z_RH, da_RF, weights_R, dz_RH, dweights_R):
-        da, weights_R1 = _not_narrow(da_or_a), weights[:, None]
-        act = activate_backward(_not_narrow(z), da, weights_R1, activation, out_RH=dz)
+        da = _not_narrow(da_or_a)
+        act = activate_backward(_not_narrow(z), da, weights[:, None], activation, out_RH=dz)
         torch.sum(act * da, -1, dtype=weights.dtype, out=dweights)
-        torch.mul(act, weights_R1, out=da_or_a)
+        _weigh(act, weights, out=da_or_a)
     return da_RF, dz_RH, dweights_R
+
+
+def _weigh(act_RF: Tensor, weights_R: Tensor, *, out: Tensor) -> None:
+    """Write activations times weights to `out`; where that is narrower they are overwritten."""
+    if out.dtype == act_RF.dtype:
+        torch.mul(act_RF, weights_R[:, None], out=out)
+    else:  # an operation that rounds what it writes takes longer than one in place and a copy
+        out.copy_(act_RF.mul_(weights_R[:, None]))
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

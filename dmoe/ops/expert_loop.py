@@ -4,6 +4,10 @@ A product of narrow numbers is compiled there for each shape that it meets, whic
 the product itself, and an expert hardly ever has as many rows again. So a product takes an expert's
 rows and such as follow them, up to a multiple of 32. Called by `grouped_mm` and `grouped_outer`,
 whose arguments these are. Shapes: R routed rows, E groups, and M, N for the other sizes.
+
+A batched product of several experts is faster where a CPU has matrix units (AMX), but wants as many
+rows of each. Zeros after the rows of the smaller ones pay where tokens are spread evenly, and no
+longer where they are as uneven as in training: so that was left out.
 """
 
 import torch
