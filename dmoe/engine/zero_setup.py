@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.cpp_extension import _get_build_directory
 
 from dmoe.config.base import ConfigError
+from dmoe.models.precision import Precision
 
 _LONGEST_BUILD_S = 30 * 60
 
@@ -60,6 +61,18 @@ def load_deepspeed(device: torch.device) -> ModuleType:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def check_precision(precision: Precision) -> None:
+    """Raise ConfigError where DeepSpeed refuses a precision on this device."""
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            "engine.precision is fp16, which engine.name = deepspeed takes only from devices with "
+            "instructions for it, and this one has none: set it to bf16 or fp32, or set "
+            "engine.name=native, which needs none",
+            key="engine.precision",
+        )
 
 
 def load_async_io() -> None:

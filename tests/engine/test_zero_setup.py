@@ -9,7 +9,7 @@ import torch
 from small_engine import small_engine, train
 
 from dmoe.config import ConfigError
-from dmoe.engine.zero_setup import load_async_io, load_deepspeed
+from dmoe.engine.zero_setup import check_precision, load_async_io, load_deepspeed
 from dmoe.testing import run_distributed
 
 
@@ -56,3 +56,20 @@ def test_another_accelerator_in_the_environment_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(ConfigError, match=r"DS_ACCELERATOR is 'cuda'.*'cpu'.*unset it"):
         load_deepspeed(torch.device("cpu"))
+
+
+def refusal_of_fp16() -> str:
+    """What is said on a CPU without instructions for it, after bf16 was taken there."""
+    load_deepspeed(torch.device("cpu"))
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+    accelerator.is_fp16_supported = lambda: False
+    check_precision("bf16")
+    with pytest.raises(ConfigError) as refused:
+        check_precision("fp16")
+    return str(refused.value)
+
+
+def test_fp16_that_deepspeed_refuses_is_told() -> None:
+    [message] = run_distributed(refusal_of_fp16, 1)
+    assert "engine.precision is fp16" in message
+    assert "set it to bf16" in message
