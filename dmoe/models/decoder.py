@@ -23,7 +23,7 @@ from dmoe.models.config import ModelConfig
 from dmoe.models.norm import LayerNorm, RMSNorm
 from dmoe.moe import MoEContext, MoEOutput, Samples, SparseLayer
 from dmoe.moe.experts import FeedForward
-from dmoe.ops import Linear, rotary_angles
+from dmoe.ops import Linear, linear, rotary_angles
 from dmoe.parallel import ParallelDims
 
 Recompute = Literal["none", "selective", "full"]
@@ -253,7 +253,7 @@ class DecoderLM(nn.Module):
     def unembed(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to the logits (B, S, V)."""
         if self.lm_head is None:
-            return F.linear(x, self.embed.weight.to(x.dtype))
+            return linear(x, self.embed.weight)
         return self.lm_head(x)
 
     @property

@@ -7,7 +7,7 @@ from dmoe.ops.expert_capacity import CapacityRule, keep_slots
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
 from dmoe.ops.fp8 import ExpertDtype
 from dmoe.ops.grouped_mm import grouped_mm
-from dmoe.ops.linear import Linear
+from dmoe.ops.linear import Linear, linear
 from dmoe.ops.rms_norm import rms_norm
 from dmoe.ops.rotary import rotary_angles, rotate
 from dmoe.ops.router_gate import router_gate
@@ -32,6 +32,7 @@ __all__ = [
     "gather_sum",
     "grouped_mm",
     "keep_slots",
+    "linear",
     "places_of",
     "resolve_backend",
     "rms_norm",

@@ -12,6 +12,7 @@ import torch
 
 from dmoe.config.base import ConfigError
 from dmoe.ops.fp8 import ExpertDtype
+from dmoe.ops.matmul import by_onednn
 
 Backend = Literal["auto", "triton", "torch", "loop", "megablocks"]
 ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
@@ -34,8 +35,9 @@ def resolve_backend(
     "auto" is "triton" where its kernels have been timed and were faster: with Triton 3.6 on GPUs of
     compute capability 9, in bfloat16 1.7 to 3.4 times as fast (docs/results/kernels_h200.md);
     float16 is taken to be like it. On a CPU torch's grouped GEMM compiles each product of narrow
-    dtypes anew, as no two have as many rows: there "auto" is "loop", which keeps to few shapes.
-    Elsewhere it is "torch". Rows in float64 are always worked by "loop".
+    dtypes anew, as no two have as many rows: there "auto" is "loop", which keeps to few shapes; it
+    is in float32, too, where oneDNN is faster than MKL. Elsewhere it is "torch". Rows in float64
+    are always worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -50,12 +52,10 @@ def resolve_backend(
         return "loop"
     if backend != "auto":
         return backend
-    if dtype.itemsize < 4:
-        if device.type == "cpu":
-            return "loop"
-        if _is_timed(device):
-            return "triton"
-    return "torch"
+    narrow = dtype.itemsize < 4
+    if by_onednn(device, dtype) or (narrow and device.type == "cpu"):
+        return "loop"
+    return "triton" if narrow and _is_timed(device) else "torch"
 
 
 def uses_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,32 +1,33 @@
-"""Grouped GEMM as one product an expert, for narrow dtypes on a CPU and for float64.
+"""Grouped GEMM as one product an expert, for what oneDNN multiplies on a CPU and for float64.
 
-A product of narrow numbers is compiled there for each shape that it meets, which takes longer than
-the product itself, and an expert hardly ever has as many rows again. So a product takes an expert's
-rows and such as follow them, up to a multiple of 32. Called by `grouped_mm` and `grouped_outer`,
-whose arguments these are. Shapes: R routed rows, E groups, and M, N for the other sizes.
+oneDNN compiles a product for each shape that it meets, which takes longer than the product itself,
+and an expert hardly ever has as many rows again. So a product takes an expert's rows and such as
+follow them, up to a multiple of 32. Called by `grouped_mm` and `grouped_outer`, whose arguments
+these are. Shapes: R routed rows, E groups, and M, N for the other sizes.
 
 A batched product of several experts is faster where a CPU has matrix units (AMX), but wants as many
 rows of each. Zeros after the rows of the smaller ones pay where tokens are spread evenly, and no
 longer where they are as uneven as in training: so that was left out.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NARROW_ROWS = 32
+from dmoe.ops import matmul
+
+_ROWS = 32
 
 
 def grouped_mm_by_expert(x_RM: Tensor, w_EMN: Tensor, counts_E: Tensor) -> Tensor:
     """Return (R, N): each expert's rows times its matrix."""
     y_RN = x_RM.new_empty(len(x_RM), w_EMN.shape[2])
-    for place, w_MN in zip(_places(counts_E, x_RM.dtype), w_EMN, strict=True):
+    for place, w_MN in zip(_places(counts_E, x_RM), w_EMN, strict=True):
         # What follows an expert's rows is overwritten by the expert that has them.
         y, rows, w = y_RN[place.start : place.stop], _rows(x_RM, place), w_MN.to(x_RM.dtype)
         if len(y) == len(rows):
-            torch.mm(rows, w, out=y)
+            matmul.mm(rows, w, out=y)
         else:
-            y.copy_((rows @ w)[: len(y)])
+            y.copy_(matmul.mm(rows, w)[: len(y)])
     return y_RN
 
 
@@ -34,7 +35,7 @@ def grouped_outer_by_expert(a_RM: Tensor, b_RN: Tensor, counts_E: Tensor) -> Ten
     """Return (E, M, N): a^T b over the rows of each expert, zero where it has none."""
     out_EMN = a_RM.new_empty(len(counts_E), a_RM.shape[1], b_RN.shape[1])
     for place, count, out_MN in zip(
-        _places(counts_E, a_RM.dtype), counts_E.tolist(), out_EMN, strict=True
+        _places(counts_E, a_RM), counts_E.tolist(), out_EMN, strict=True
     ):
         # What follows an expert's rows on one side meets zeros on the narrower one.
         own = slice(place.start, place.start + count)
@@ -42,13 +43,14 @@ def grouped_outer_by_expert(a_RM: Tensor, b_RN: Tensor, counts_E: Tensor) -> Ten
             a, b = _filled(a_RM[own], len(place)), _rows(b_RN, place)
         else:
             a, b = _rows(a_RM, place), _filled(b_RN[own], len(place))
-        torch.mm(a.t(), b, out=out_MN)
+        matmul.outer(a, b, out=out_MN)
     return out_EMN
 
 
-def _places(counts_E: Tensor, dtype: torch.dtype) -> list[range]:
+def _places(counts_E: Tensor, rows: Tensor) -> list[range]:
     """Return the rows that the product of each expert takes."""
-    multiple = _NARROW_ROWS if dtype.itemsize < 4 else 1
+    compiled = rows.dtype.itemsize < 4 or matmul.by_onednn(rows.device, rows.dtype)
+    multiple = _ROWS if compiled else 1
     places, start = [], 0
     for count in counts_E.tolist():
         places.append(range(start, start + -(-count // multiple) * multiple))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.ops import matmul
+
 
 def router_gate(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """Return logits x w^T in float32, or in float64 if `w_ED` is; keeps no wide copy of `x_TD`."""
@@ -25,11 +27,12 @@ class _RouterGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, w_ED)
-        return router_gate_loop(x_TD, w_ED)
+        wide = torch.promote_types(w_ED.dtype, torch.float32)
+        return matmul.linear(x_TD.to(wide), w_ED.to(wide))
 
     @staticmethod
     def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, w_ED = ctx.saved_tensors
-        dx_TD = dlogits_TE @ w_ED.to(dlogits_TE.dtype)
-        dw_ED = dlogits_TE.t() @ x_TD.to(dlogits_TE.dtype)
+        dx_TD = matmul.mm(dlogits_TE, w_ED.to(dlogits_TE.dtype))
+        dw_ED = matmul.outer(dlogits_TE, x_TD.to(dlogits_TE.dtype))
         return dx_TD.to(x_TD.dtype), dw_ED.to(w_ED.dtype)

@@ -3,13 +3,18 @@ import torch
 
 from dmoe.config.base import ConfigError
 from dmoe.ops import backend as door
+from dmoe.ops import matmul
 from dmoe.ops.backend import resolve_backend, uses_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_torch_but_for_narrow_dtypes_on_a_cpu() -> None:
-    assert resolve_backend("auto", CPU) == "torch"
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_auto_is_torch_but_for_what_onednn_multiplies_on_a_cpu(monkeypatch, by_onednn) -> None:
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", by_onednn)
+    assert resolve_backend("auto", CPU) == ("loop" if by_onednn else "torch")
+    assert resolve_backend("torch", CPU) == "torch"
+    assert resolve_backend("auto", GPU) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16) == "loop"
     assert resolve_backend("torch", CPU, torch.bfloat16) == "torch"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmoe.ops import RowMap, expert_ffn
+from dmoe.ops import RowMap, expert_ffn, matmul
 
 
 class _Products(TorchDispatchMode):
@@ -17,15 +17,23 @@ class _Products(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        if func.overloadpacket == torch.ops.aten.mm:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise):
             self.shapes += [tuple(factor.shape) for factor in args[:2]]
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "num_rows"), [(torch.bfloat16, {32, 64}), (torch.float32, {3, 32, 40})]
+    ("dtype", "by_onednn", "num_rows"),
+    [
+        (torch.bfloat16, False, {32, 64}),
+        (torch.float32, True, {32, 64}),
+        (torch.float32, False, {3, 32, 40}),
+    ],
 )
-def test_narrow_products_have_few_shapes(dtype: torch.dtype, num_rows: set[int]) -> None:
+def test_products_by_onednn_have_few_shapes(
+    monkeypatch, dtype: torch.dtype, by_onednn: bool, num_rows: set[int]
+) -> None:
+    monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", by_onednn)
     counts, dim, ffn_dim = [3, 32, 40], 16, 8
     rows = RowMap.from_index(torch.arange(sum(counts)), sum(counts))
     x = torch.randn(sum(counts), dim, dtype=dtype, requires_grad=True)

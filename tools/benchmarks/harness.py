@@ -7,6 +7,7 @@ them, and ratios are medians over the rounds' own ratios.
 import argparse
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ import torch
 
 from dmoe.parallel import tune_host_memory
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cpu_benchmarks.md"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+"""Each processor has a page of its own there."""
 WARM_UP_ROUNDS = 2
 
 
@@ -75,7 +77,7 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def report(name: str, intro: str, header: Sequence[str], rows: list[list[str]], **at: str) -> None:
-    """Print aligned lines, and write the section `name` of the results page.
+    """Print aligned lines, and write the section `name` of this processor's page.
 
     Args:
         name: title of the section, which replaces the one of an earlier run.
@@ -94,12 +96,19 @@ def report(name: str, intro: str, header: Sequence[str], rows: list[list[str]], 
     where = "; ".join([f"{date.today()}", machine(), *at.values()])
     section = "\n".join([f"## {name}", "", intro, "", where + ".", "", *lines, ""])
     print(section)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    page = RESULTS.read_text() if RESULTS.exists() else "# CPU benchmarks\n"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / page_name(_processor())
+    page = path.read_text() if path.exists() else f"# CPU benchmarks: {_processor()}\n"
     title, *sections = page.split("\n## ")
     kept = [old for old in sections if old.splitlines()[0] != name]
     sections = sorted([*kept, section.removeprefix("## ")])
-    RESULTS.write_text("\n\n## ".join(part.strip() for part in [title, *sections]) + "\n")
+    path.write_text("\n\n## ".join(part.strip() for part in [title, *sections]) + "\n")
+
+
+def page_name(processor: str) -> str:
+    """Return the name of a processor's page, such as cpu_amd_epyc.md."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|processor|cpu", " ", processor.lower()))
+    return f"cpu_{'_'.join(words)}.md"
 
 
 def machine() -> str:

@@ -208,7 +208,7 @@ def _speed(speed: Json) -> list[str]:
         f"Training steps of {speed['tokens']:,} tokens, all arms in turn; the ratio is the median "
         f"of the rounds' own. {speed['settings']}; {speed['machine']}; {speed['date']}.",
         table(["arm", "ms", "tokens/s", "time over top-2 of 4"], rows),
-        "The layers alone are in [cpu_benchmarks.md](cpu_benchmarks.md): all samples at once "
+        "The layers alone are in [cpu_intel_xeon.md](cpu_intel_xeon.md): all samples at once "
         "against a network for each, blocks against neurons and top-k, and latency against the "
         "active fraction.",
     ]
