@@ -86,8 +86,8 @@ class MoEConfig(ConfigModel):
     """What routed experts run on: "torch" is torch.nn.functional.grouped_mm, "loop" one expert
     after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too,
     "megablocks" the grouped GEMM of the package of that name. "auto" takes the fastest known: in
-    bfloat16 and float16 "triton" on an H100 or H200 with Triton 3.6, and "loop" on a CPU; else
-    "torch"."""
+    bfloat16 and float16 "triton" on an H100 or H200 with Triton 3.6, and "loop" on a CPU, as in
+    float32 on one of AMD's with AVX-512; else "torch"."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":

@@ -2,7 +2,7 @@
 
 MKL keeps its fastest code to Intel's processors: on an AMD EPYC with AVX-512 oneDNN takes half the
 time (docs/results/cpu_amd_epyc.md). torch has no switch for that, but an op, made for its compiler,
-that reads factors in any memory order. Narrow numbers torch multiplies by oneDNN anyway.
+that reads factors in either memory order. Narrow numbers torch multiplies by oneDNN anyway.
 """
 
 from pathlib import Path
@@ -40,6 +40,8 @@ def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     empty = not (x.numel() and w_NK.numel())
     if empty or not by_onednn(x.device, x.dtype):
         return F.linear(x, w_NK, bias_N)
+    if not (w_NK.is_contiguous() or w_NK.t().is_contiguous()):
+        w_NK = w_NK.contiguous()  # with gaps between rows oneDNN would take its reference code
     return torch.ops.mkldnn._linear_pointwise(x, w_NK, bias_N, "none", [], "")
 
 
