@@ -31,7 +31,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return matmul.linear(x, weight, bias)
+        return matmul.linear_forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -22,7 +22,7 @@ def mm(a_MK: Tensor, b_KN: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return (M, N): a b. No gradient, as for all here."""
     if not by_onednn(a_MK.device, a_MK.dtype):
         return torch.mm(a_MK, b_KN, out=out)
-    y_MN = linear(a_MK, b_KN.t())
+    y_MN = linear_forward(a_MK, b_KN.t())
     return y_MN if out is None else out.copy_(y_MN)
 
 
@@ -35,8 +35,8 @@ def outer(a_RM: Tensor, b_RN: Tensor, *, out: Tensor | None = None) -> Tensor:
     return mm(a_RM.t(), b_RN, out=out)
 
 
-def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Return (..., N): x w^T + bias, for x of (..., K)."""
+def linear_forward(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Return (..., N): x w^T + bias, for (..., K) `x`."""
     empty = not (x.numel() and w_NK.numel())
     if empty or not by_onednn(x.device, x.dtype):
         return F.linear(x, w_NK, bias_N)

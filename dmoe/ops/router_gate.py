@@ -28,7 +28,7 @@ class _RouterGate(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, w_ED)
         wide = torch.promote_types(w_ED.dtype, torch.float32)
-        return matmul.linear(x_TD.to(wide), w_ED.to(wide))
+        return matmul.linear_forward(x_TD.to(wide), w_ED.to(wide))
 
     @staticmethod
     def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:

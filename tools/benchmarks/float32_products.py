@@ -47,7 +47,7 @@ def timed_rows(settings: Settings) -> list[list[str]]:
         repeats = max(1, round(1 / gflop))
         row = [name, f"{num_rows} x {size_x} x {size_y}"]
         products: list[Callable[[], object]] = [
-            lambda x=x, w=w: matmul.linear(x, w),
+            lambda x=x, w=w: matmul.linear_forward(x, w),
             lambda dy=dy, w=w: matmul.mm(dy, w),
             lambda dy=dy, x=x: matmul.outer(dy, x),
         ]
