@@ -207,8 +207,12 @@ def test_an_odd_number_of_ranks_equals_native() -> None:
 
 @pytest.mark.slow
 def test_half_precisions_equal_native() -> None:
-    """Both round to 8 or 11 bits; where, is not the same."""
-    check(2, HALF, tolerance=1e-4)
+    """Both round to 8 or 11 bits; where, is not the same.
+
+    In float16 AdamW makes much of gradients that are hardly more than rounding.
+    """
+    check(2, [case for case in HALF if case.precision == "bf16"], tolerance=1e-4)
+    check(2, [case for case in HALF if case.precision == "fp16"], tolerance=2e-4)
 
 
 # Of each, what a large model makes DeepSpeed do: several buckets, several groups of parameters.
