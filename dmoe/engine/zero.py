@@ -23,12 +23,7 @@ from dmoe.engine.passes import Passes
 from dmoe.engine.sharding import global_state, reshard, shard_experts, shard_wide, sum_gradients
 from dmoe.engine.zero_config import deepspeed_settings, uses_nvme
 from dmoe.engine.zero_partitions import Partitions
-from dmoe.engine.zero_setup import (
-    check_precision,
-    load_async_io,
-    load_deepspeed,
-    silent_start,
-)
+from dmoe.engine.zero_setup import check_precision, load_async_io, load_deepspeed, silent_start
 from dmoe.models import DecoderLM, ModelConfig, Recompute, build_model, init_weights
 from dmoe.models.decoder import is_expert
 from dmoe.models.precision import COMPUTE_DTYPES
