@@ -87,7 +87,7 @@ class MoEConfig(ConfigModel):
     after the other, "triton" the kernels of `kernels/`, which serve spaces of neurons too,
     "megablocks" the grouped GEMM of the package of that name. "auto" takes the fastest known: in
     bfloat16 and float16 "triton" on an H100 or H200 with Triton 3.6, and "loop" on a CPU, as in
-    float32 on one of AMD's with AVX-512; else "torch"."""
+    float32 on one of AMD's with AVX-512 where experts have 64 rows on average; else "torch"."""
 
     @model_validator(mode="after")
     def _balance_loss_where_it_is_needed(self) -> "MoEConfig":

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +21,10 @@ ResolvedBackend = Literal["triton", "torch", "loop", "megablocks"]
 # Dtypes that grouped GEMMs take; float64, which proofs use, is a loop on every backend.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Rows an expert from which the loop was faster than torch's grouped GEMM in float32; with half as
+# many it was as fast, with fewer slower, as in generation.
+_MANY_ROWS = 64
+
 # The only release with which the kernels ran on a GPU.
 _TIMED_TRITON = (3, 6)
 
@@ -29,15 +34,16 @@ def resolve_backend(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     experts: ExpertDtype = "same",
+    rows_an_expert: float = math.inf,
 ) -> ResolvedBackend:
-    """Return the backend that is used on a device.
+    """Return the backend that is used on a device, for so many rows an expert on average.
 
     "auto" is "triton" where its kernels have been timed and were faster: with Triton 3.6 on GPUs of
     compute capability 9, in bfloat16 1.7 to 3.4 times as fast (docs/results/kernels_h200.md);
     float16 is taken to be like it. On a CPU torch's grouped GEMM compiles each product of narrow
     dtypes anew, as no two have as many rows: there "auto" is "loop", which keeps to few shapes; it
-    is in float32, too, where oneDNN is faster than MKL. Elsewhere it is "torch". Rows in float64
-    are always worked by "loop".
+    is in float32, too, where oneDNN is faster than MKL and experts have rows enough for it.
+    Elsewhere it is "torch". Rows in float64 are always worked by "loop".
 
     Raises:
         ConfigError: the backend is not installed, or cannot run here.
@@ -53,7 +59,8 @@ def resolve_backend(
     if backend != "auto":
         return backend
     narrow = dtype.itemsize < 4
-    if by_onednn(device, dtype) or (narrow and device.type == "cpu"):
+    many = by_onednn(device, dtype) and rows_an_expert >= _MANY_ROWS
+    if many or (narrow and device.type == "cpu"):
         return "loop"
     return "triton" if narrow and _is_timed(device) else "torch"
 

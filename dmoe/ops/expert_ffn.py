@@ -145,7 +145,13 @@ class _ExpertFFN(torch.autograd.Function):
         counts_E: Tensor,
         options: _Options,
     ) -> Tensor:
-        backend = resolve_backend(options.backend, x_ND.device, x_ND.dtype, options.dtype)
+        backend = resolve_backend(
+            options.backend,
+            x_ND.device,
+            x_ND.dtype,
+            options.dtype,
+            rows_an_expert=len(weights_R) / len(counts_E),
+        )
         ctx.backend, ctx.options, activation = backend, options, options.activation
         if backend == "triton":
             z_RH, y_ND = forward_by_triton(

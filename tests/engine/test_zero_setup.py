@@ -9,7 +9,7 @@ import torch
 from small_engine import small_engine, train
 
 from dmoe.config import ConfigError
-from dmoe.engine.zero_setup import check_precision, load_async_io, load_deepspeed
+from dmoe.engine.zero_setup import load_async_io, load_deepspeed
 from dmoe.testing import run_distributed
 
 
@@ -63,9 +63,9 @@ def refusal_of_fp16() -> str:
     load_deepspeed(torch.device("cpu"))
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
     accelerator.is_fp16_supported = lambda: False
-    check_precision("bf16")
+    small_engine(name="deepspeed", zero_stage=2, precision="bf16")
     with pytest.raises(ConfigError) as refused:
-        check_precision("fp16")
+        small_engine(name="deepspeed", zero_stage=2, precision="fp16")
     return str(refused.value)
 
 

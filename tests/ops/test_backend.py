@@ -13,6 +13,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_auto_is_torch_but_for_what_onednn_multiplies_on_a_cpu(monkeypatch, by_onednn) -> None:
     monkeypatch.setattr(matmul, "_ONEDNN_IS_FASTER", by_onednn)
     assert resolve_backend("auto", CPU) == ("loop" if by_onednn else "torch")
+    assert resolve_backend("auto", CPU, rows_an_expert=63) == "torch"
+    assert resolve_backend("loop", CPU, rows_an_expert=63) == "loop"
+    assert resolve_backend("auto", CPU, torch.bfloat16, rows_an_expert=1) == "loop"
     assert resolve_backend("torch", CPU) == "torch"
     assert resolve_backend("auto", GPU) == "torch"
     assert resolve_backend("auto", CPU, torch.bfloat16) == "loop"

@@ -136,7 +136,7 @@ def test_the_gate_of_a_router(asked) -> None:
     assert len(asked) == 6
 
 
-@pytest.mark.parametrize("counts", [[40, 3, 30], [0, 32, 7], [0, 0, 73]])
+@pytest.mark.parametrize("counts", [[160, 3, 30], [0, 192, 7], [0, 0, 192]])
 def test_experts(asked, counts: list[int]) -> None:
     torch.manual_seed(0)
     rows = RowMap.from_index(torch.arange(sum(counts)).flip(0), sum(counts))
@@ -157,6 +157,13 @@ def test_experts(asked, counts: list[int]) -> None:
     for ours, twin in zip(run(expert_ffn), run(expert_ffn_loop), strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
     assert len(asked) == 6 * sum(count > 0 for count in counts)
+
+
+def test_experts_with_few_rows_are_left_to_torch(asked) -> None:
+    rows, counts_E = RowMap.from_index(torch.arange(4), 4), torch.tensor([1, 3])
+    x, up, down = torch.randn(4, 16), torch.randn(2, 48, 16), torch.randn(2, 16, 24)
+    expert_ffn(x, rows, torch.ones(4), counts_E, up, down, activation="swiglu")
+    assert asked == []
 
 
 def test_what_it_is_for(monkeypatch) -> None:

@@ -44,7 +44,7 @@ def test_asks_for_the_right_products() -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_experts_equal_the_loop(activation, monkeypatch) -> None:
     module = sys.modules["dmoe.ops.expert_ffn"]  # the package has a function of that name
-    monkeypatch.setattr(module, "resolve_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(module, "resolve_backend", lambda backend, *_, **__: backend)
     compare_experts(activation, torch.device("cpu"), torch.float32, 1e-5)
 
 
