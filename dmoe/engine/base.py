@@ -32,7 +32,8 @@ class EngineConfig(ConfigModel):
     """Of activations and products. Master weights, gradients and optimizer state are float32; fp64,
     for proofs, is float64 throughout."""
     compile: bool = False
-    """Compile attention, norms and dense feed-forward layers with `torch.compile` (native)."""
+    """Compile attention, norms and dense feed-forward layers with `torch.compile` (native). In
+    float32 on AMD's processors with AVX-512 it leaves products to MKL, which is slower there."""
     tune_kernels: bool = False
     """Measure the tile shapes of the experts' Triton kernels at each size that was not measured
     before, which takes minutes the first time and memory for one more result, and keep the fastest

@@ -49,8 +49,8 @@ def grouped_outer_by_expert(a_RM: Tensor, b_RN: Tensor, counts_E: Tensor) -> Ten
 
 def _places(counts_E: Tensor, rows: Tensor) -> list[range]:
     """Return the rows that the product of each expert takes."""
-    compiled = rows.dtype.itemsize < 4 or matmul.by_onednn(rows.device, rows.dtype)
-    multiple = _ROWS if compiled else 1
+    shapes_cost = rows.dtype.itemsize < 4 or matmul.by_onednn(rows.device, rows.dtype)
+    multiple = _ROWS if shapes_cost else 1
     places, start = [], 0
     for count in counts_E.tolist():
         places.append(range(start, start + -(-count // multiple) * multiple))

@@ -1,5 +1,6 @@
 """A linear map whose weights may be wider than its input: float32 masters, bfloat16 products."""
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -30,15 +31,24 @@ class _Linear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dw else None, weight if needs_dx else None)
         return matmul.linear_forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = matmul.mm(dy_rows, weight).view_as(x) if needs_dx else None
-        dw = matmul.outer(dy_rows, x_rows) if needs_dw else None
-        return dx, dw, dy_rows.sum(0) if needs_db else None
+        dy_rows = _rows(dy)
+        dx = (
+            None
+            if weight is None
+            else matmul.mm(dy_rows, weight).view(*dy.shape[:-1], weight.shape[1])
+        )
+        dw = None if x is None else matmul.outer(dy_rows, _rows(x))
+        return dx, dw, dy_rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (..., N) as a matrix of N columns."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether this module multiplies otherwise than torch would."""
+    """Say whether products go through oneDNN here that torch would leave to MKL."""
     here = _ONEDNN_IS_FASTER and device.type == "cpu" and dtype == torch.float32
     return here and not torch.compiler.is_compiling()
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe.models import ModelConfig, build_model
 from dmoe.ops import Linear, matmul
 from dmoe.ops.expert_ffn import expert_ffn, expert_ffn_loop
 from dmoe.ops.router_gate import router_gate, router_gate_loop
@@ -68,6 +69,12 @@ def test_products_of_views(asked, m: int, k: int, n: int) -> None:
     assert {len(shape) for shape in asked} == {3}
 
 
+def test_the_narrower_factor_of_an_outer_product_is_copied(asked) -> None:
+    matmul.outer(torch.randn(9, 5), torch.randn(9, 3))
+    matmul.outer(torch.randn(9, 3), torch.randn(9, 5))
+    assert asked == [(3, 9, 5)] * 2
+
+
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
 def test_nothing_to_multiply(asked, m: int, k: int, n: int) -> None:
     a, b = torch.randn(m, k), torch.randn(k, n)
@@ -95,16 +102,36 @@ def test_a_linear_map_and_its_gradients(asked, shape: tuple[int, ...], bias: boo
     assert bool(asked) == bool(x.numel())
 
 
+@pytest.mark.parametrize(("size_x", "size_y"), [(0, 4), (4, 0)])
+def test_a_linear_map_of_no_width(asked, size_x: int, size_y: int) -> None:
+    module, x = Linear(size_x, size_y, bias=False), torch.randn(5, size_x, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(5, size_x))
+    assert torch.equal(module.weight.grad, torch.zeros(size_y, size_x))
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-def test_what_is_frozen_costs_no_product(asked, frozen: str) -> None:
+def test_what_is_frozen_costs_no_product_and_no_memory(asked, frozen: str) -> None:
     module, x = Linear(6, 4), torch.randn(5, 6, requires_grad=True)
     tensors = {"x": x, **dict(module.named_parameters())}
     tensors[frozen].requires_grad_(False)
-    y = module(x)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(id(t)) or t, lambda t: t):
+        y = module(x)
+    needed = {"x": [x], "weight": [module.weight], "bias": [x, module.weight]}
+    assert kept == [id(t) for t in needed[frozen]]
     asked.clear()
     y.sum().backward()
     assert {name for name, t in tensors.items() if t.grad is None} == {frozen}
     assert len(asked) == (2 if frozen == "bias" else 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits(asked, tied: bool) -> None:
+    sizes = {"vocab_size": 19, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 8}
+    model = build_model(ModelConfig(**sizes, max_seq_len=8, tie_embeddings=tied))
+    model.unembed(torch.randn(2, 3, 16))
+    assert asked == [(2, 3, 16, 19)]
 
 
 def test_weights_may_be_wider_or_narrower(asked) -> None:
@@ -186,17 +213,24 @@ def test_torch_multiplies_where_nothing_was_measured(asked, monkeypatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("vendor", "capability", "mkl", "expected"),
+    ("vendor", "capability", "mkl", "mkldnn", "expected"),
     [
-        ("AuthenticAMD", "AVX512", True, True),
-        ("AuthenticAMD", "AVX2", True, False),
-        ("AuthenticAMD", "AVX512", False, False),
-        ("GenuineIntel", "AVX512", True, False),
-        (None, "AVX512", True, False),
+        ("AuthenticAMD", "AVX512", True, True, True),
+        ("AuthenticAMD", "AVX2", True, True, False),
+        ("AuthenticAMD", "AVX512", False, True, False),
+        ("AuthenticAMD", "AVX512", True, False, False),
+        ("GenuineIntel", "AVX512", True, True, False),
+        (None, "AVX512", True, True, False),
     ],
 )
 def test_on_which_processors(
-    monkeypatch, tmp_path, vendor: str | None, capability: str, mkl: bool, expected: bool
+    monkeypatch,
+    tmp_path,
+    vendor: str | None,
+    capability: str,
+    mkl: bool,
+    mkldnn: bool,
+    expected: bool,
 ) -> None:
     processors = tmp_path / "cpuinfo"
     if vendor:
@@ -204,5 +238,5 @@ def test_on_which_processors(
     monkeypatch.setattr(matmul, "Path", lambda _: processors)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
     assert matmul._onednn_is_faster() == expected
